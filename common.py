@@ -1,0 +1,1177 @@
+"""
+What the five scripts share, in reading order; nothing here belongs to one method.
+
+    1 command line   2 data   3 noise levels   4 networks   5 teachers and sampling
+    6 divergences and the weighting op   7 metrics   8 pictures   9 run folder
+
+One currency everywhere: a *denoiser* D(x_t, sigma, label) -> x, the expected clean sample, with x_t (B, ...) noised by
+x_t = x + sigma * eps, sigma (B,), label one-hot (B, K) or None. A network, a closed-form mixture and a saved student are
+all denoisers and may stand in for one another. The score is (D(x_t, sigma) - x_t) / sigma^2.
+Importing this file does no work: it prints nothing, picks no device, compiles and downloads nothing.
+"""
+import argparse, copy, csv, dataclasses, difflib, gzip, hashlib, inspect, json, math, os, re, signal, sys, tarfile, time
+import urllib.error, urllib.request, zlib
+from collections import namedtuple
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+# ---- 1. command line -------------------------------------------------------------------------------------------------
+
+
+class UserError(ValueError):
+    """Something the user can mend; its text is one sentence that says how. `main` prints it and exits with code 2."""
+
+
+@dataclass
+class Shared:
+    """Flags that mean the same in every script. A script's Config adds its own and sets the defaults that matter to it."""
+    data: str = "ring"          # data set
+    data_dir: str = "data"      # where image data lies, or is downloaded to: a folder or the archive itself
+    net: str = ""               # mlp | small | ddpmpp | adm: network; by default what the data calls for
+    width: int = 0              # channels of the network's first level; 0: what --net calls for
+    cond: bool = False          # class-conditional: every network sees the label
+    teacher: str = ""           # a saved ema.pt, 'exact' (toys: closed form), or nothing: fit one first and keep it in runs/
+    teacher_steps: int = 2000   # updates of that first fit
+    out: str = ""               # run folder; by default runs/<script>-<data>-<seed>
+    steps: int = 1000           # student updates
+    batch: int = 512            # samples per update
+    micro: int = 0              # samples per forward pass, 0: all of --batch; lower it if memory runs out, gradients stay the same
+    lr: float = 1e-3            # learning rate of the student
+    sigma_min: float = 0.02     # lowest noise level the method looks at
+    sigma_max: float = 5.0      # highest
+    sigma_init: float = 5.0     # noise level the one-step student starts from
+    ema: float = 0.99           # decay per step of the averaged student, the one that is judged
+    seed: int = 0               # random seed
+    device: str = "auto"        # auto | cpu | cuda: where to run
+    dtype: str = "fp32"         # fp32 | bf16: precision inside the networks
+    compile: bool = False       # run the networks through torch.compile
+    every: int = 500            # steps between pictures and checkpoints
+    samples: int = 20000        # samples for the final metrics, or how many to draw with --sample
+    fid: str = ""               # TorchScript Inception file (inception-2015-12-05.pt); measures FID at the end
+    fid_ref: int = 0            # FID reference: this many training images, 0: all of them
+    resume: bool = False        # continue the run in the folder
+    sample: str = ""            # a finished run folder to draw --samples from; nothing is trained
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        print(f"{self.prog}: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+def parse(Config, PRESETS, argv=None):
+    """
+    Command line for a Config dataclass: field names are the flags, trailing comments the help; a comment that starts
+    with `a | b | c` also lists the only values allowed. Dataclass default < preset of --data < flag.
+    Bad input ends in one sentence on stderr and exit code 2.
+    """
+    notes = {}
+    for cls in reversed(Config.__mro__[:-1]):
+        for name, note in re.findall(r"^    (\w+):[^#\n]*#\s*(.+)$", inspect.getsource(cls), re.M):
+            notes[name] = note
+    p = _Parser(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                description="Flags and their defaults for the chosen --data.")
+    for f in dataclasses.fields(Config):
+        note = notes.get(f.name, " ").replace("%", "%%")
+        choices = re.match(r"\w+(?: \| \w+)+", note)
+        kind = dict(action=argparse.BooleanOptionalAction) if f.type in (bool, "bool") else \
+            dict(type=type(f.default), metavar=f.name.upper())
+        if f.name == "data":
+            note, kind = f"one of: {', '.join(PRESETS)}", dict(type=str, metavar="DATA", choices=list(PRESETS))
+        elif choices:
+            kind["choices"] = choices[0].split(" | ") + [""] * (f.default == "")
+        p.add_argument(f"--{f.name}", default=f.default, help=note, **kind)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--data", default=next(f.default for f in dataclasses.fields(Config) if f.name == "data"), nargs="?")
+    p.set_defaults(**PRESETS.get(first.parse_known_args(argv)[0].data, {}))
+    args, unknown = p.parse_known_args(argv)
+    if unknown:
+        flags = [f"--{f.name}" for f in dataclasses.fields(Config)]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
+        p.error(f"unknown argument {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "; -h lists the flags"))
+    cfg = Config(**vars(args))
+    try:
+        check(cfg)
+    except UserError as e:
+        p.error(str(e))
+    return cfg
+
+
+def check(cfg):
+    """Raise UserError for values and combinations that cannot work, whatever the script."""
+    for name in ("steps", "batch", "every", "samples", "teacher_steps"):
+        if getattr(cfg, name) < 1:
+            raise UserError(f"--{name} must be at least 1, not {getattr(cfg, name)}")
+    if cfg.micro < 0 or cfg.micro and cfg.batch % cfg.micro:
+        raise UserError(f"--micro {cfg.micro} does not divide --batch {cfg.batch}")
+    if not 0 <= cfg.ema < 1:
+        raise UserError(f"--ema is a decay in [0, 1), not {cfg.ema}")
+    if not cfg.lr > 0 or not math.isfinite(cfg.lr):
+        raise UserError(f"--lr must be a positive number, not {cfg.lr}")
+    if cfg.width and cfg.width % 4 or cfg.width < 0:
+        raise UserError(f"--width must be a positive multiple of 4, not {cfg.width}")
+    if cfg.data in TOYS and (cfg.net or "mlp") != "mlp" or cfg.data not in TOYS and cfg.net == "mlp":
+        raise UserError(f"--net {cfg.net} does not go with --data {cfg.data}: toys take mlp, images small, ddpmpp or adm")
+    if cfg.data not in TOYS and cfg.teacher == "exact":
+        raise UserError("--teacher exact needs a toy: images have no closed form; give a file, or nothing to fit one")
+    if cfg.data in TOYS and cfg.fid:
+        raise UserError("--fid is for images; a toy is measured by its energy coefficient without it")
+    if cfg.fid and not Path(cfg.fid).is_file():
+        raise UserError(f"--fid {cfg.fid}: no such file; README says where to get the Inception network")
+    if cfg.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch sees no CUDA GPU here; leave --device away to use the CPU")
+
+
+def main(Config, PRESETS, train, sample):
+    """A script's command line: parse, then train or draw; bad input exits with 2 and one sentence, Ctrl-C with 130."""
+    cfg = parse(Config, PRESETS)
+    try:
+        draw(cfg, sample) if cfg.sample else train(cfg)
+    except UserError as e:
+        sys.exit(_fail(str(e)))
+    except torch.OutOfMemoryError:
+        sys.exit(_fail(f"the GPU's memory is full: lower --micro (now {cfg.micro or cfg.batch}), gradients stay the same"))
+    except KeyboardInterrupt as e:
+        print(f"\nstopped{': ' + str(e) if str(e) else ''}", file=sys.stderr)
+        sys.exit(130)
+
+
+def _fail(message):
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    return 2
+
+
+def pick_device(cfg):
+    """The torch.device that --device names; auto is the GPU where there is one."""
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device)
+
+
+# ---- 2. data ---------------------------------------------------------------------------------------------------------
+# A data set has .sample(n) -> (x, label), .draw_label(n), .shape of one x, .label_dim and .sigma_data. All draws use
+# PyTorch's global generator, so that a checkpoint of its state resumes the very same stream.
+
+
+class GaussianMixture(nn.Module):
+    """
+    Mixture of isotropic Gaussians with closed-form density, score and denoiser at every noise level: data set and
+    perfect teacher in one. means (K, D); std >= 0, one for all; weights (K,), equal by default; groups (K,) the class
+    of each component, its own by default. With samples as means and std=0 it is the exact denoiser of that sample set.
+    """
+
+    def __init__(self, means, std=0.0, weights=None, groups=None):
+        super().__init__()
+        means = torch.as_tensor(means)
+        means = means if means.is_floating_point() else means.float()
+        weights = torch.ones(len(means)) if weights is None else torch.as_tensor(weights, dtype=torch.float32)
+        groups = torch.arange(len(means)) if groups is None else torch.as_tensor(groups)
+        if means.ndim != 2 or len(weights) != len(means) or len(groups) != len(means) or std < 0 or not weights.sum() > 0:
+            raise UserError("GaussianMixture wants means (K, D), K weights and groups, and std >= 0")
+        self.std, self.shape, self.label_dim = float(std), tuple(means.shape[1:]), int(groups.max()) + 1
+        self.register_buffer("means", means)
+        self.register_buffer("weights", (weights / weights.sum()).to(means))
+        self.register_buffer("groups", groups.to(means.device))
+        mean = self.weights @ means
+        self.sigma_data = float((self.weights @ (means - mean).square().sum(1) / means.shape[1] + std**2).sqrt())
+
+    def sample(self, n):
+        """n samples x (n, D) with one-hot labels (n, label_dim), or None where label_dim is 0."""
+        k = torch.multinomial(self.weights, n, replacement=True)
+        x = self.means[k] + self.std * torch.randn(n, *self.shape, device=k.device, dtype=self.means.dtype)
+        return x, F.one_hot(self.groups[k], self.label_dim).to(x) if self.label_dim else None
+
+    def draw_label(self, n):
+        """n random one-hot labels in the data's proportions, None where label_dim is 0."""
+        return self.sample(n)[1]
+
+    def _log_joint(self, x, sigma, label):                                          # log w_k N(x; m_k, std^2 + sigma^2)
+        var = (self.std**2 + sigma.to(x) ** 2)[:, None]                                                          # (B, 1)
+        # not by matrix products: |x|^2 - 2xm + |m|^2 cancels in float32 when sigma is small
+        d2 = torch.cdist(x, self.means.to(x), compute_mode="donot_use_mm_for_euclid_dist").square()              # (B, K)
+        log_w = self.weights.to(x).log().expand_as(d2)
+        if label is not None:                       # keep the components of the label's class, and their law among them
+            log_w = log_w.masked_fill(label.argmax(1)[:, None] != self.groups[None], -math.inf)
+            log_w = log_w - log_w.logsumexp(1, keepdim=True)
+        return log_w - d2 / (2 * var) - 0.5 * x.shape[1] * (2 * math.pi * var).log()
+
+    def log_prob(self, x, sigma, label=None):
+        """log density (B,) of x (B, D) under the mixture blurred by noise of std sigma (B,)."""
+        return self._log_joint(x, sigma, label).logsumexp(1)
+
+    def denoise(self, x, sigma, label=None):
+        """E[clean | x = clean + sigma eps], (B, D): posterior-weighted means, each shrunk towards x."""
+        mean = self._log_joint(x, sigma, label).softmax(1) @ self.means.to(x)                                    # (B, D)
+        keep = (self.std**2 / (self.std**2 + sigma.to(x) ** 2))[:, None]
+        return mean + keep * (x - mean)
+
+    forward = denoise
+
+    def score(self, x, sigma, label=None):
+        """Gradient of log_prob in x, by Tweedie's formula (D - x) / sigma^2, written so that sigma = 0 works too."""
+        mean = self._log_joint(x, sigma, label).softmax(1) @ self.means.to(x)
+        return (mean - x) / (self.std**2 + sigma.to(x) ** 2)[:, None]
+
+
+def _circle(n, turn=0.0):
+    angle = (torch.arange(n) + turn) * 2 * math.pi / n
+    return torch.stack([angle.cos(), angle.sin()], 1)
+
+
+def _moons(n=16):
+    a = torch.linspace(0, math.pi, n)
+    return torch.cat([torch.stack([a.cos() - 0.5, a.sin() - 0.25], 1), torch.stack([0.5 - a.cos(), 0.25 - a.sin()], 1)])
+
+
+def _spiral(n=48):
+    a = torch.linspace(1, 3.5, n) * math.pi
+    return torch.stack([a.cos(), a.sin()], 1) * a[:, None] / a.max() * 1.2
+
+
+def _checkerboard(n=4):
+    cell = [(i, j) for i in range(4) for j in range(4) if (i + j) % 2 == 0]
+    inner = [((k + 0.5) / n, (l + 0.5) / n) for k in range(n) for l in range(n)]
+    return torch.tensor([[(i + u) / 2 - 1, (j + v) / 2 - 1] for i, j in cell for u, v in inner])
+
+
+_line = torch.linspace(-1.2, 1.2, 5)
+TOYS = {
+    "ring": GaussianMixture(_circle(8), 0.1),
+    "grid": GaussianMixture(torch.cartesian_prod(_line, _line), 0.05),
+    "unequal": GaussianMixture(_circle(8), 0.1, weights=[8, 1, 4, 1, 2, 1, 4, 1]),
+    "moons": GaussianMixture(_moons(), 0.08, groups=torch.arange(32) // 16),
+    "spiral": GaussianMixture(_spiral(), 0.04, groups=torch.arange(48) // 12),
+    "checkerboard": GaussianMixture(_checkerboard(), 0.05, groups=torch.arange(128) // 16),
+}
+
+CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
+IMAGES = {"cifar10": ((3, 32, 32), 10)}             # name -> shape of an image, number of classes
+
+
+class Images:
+    """Labelled images kept as uint8 (N, C, H, W) on the device; sample() gives [-1, 1] float32, randomly flipped."""
+    sigma_data = 0.5                                # of EDM; CIFAR-10 itself has 0.50
+
+    def __init__(self, images, labels, label_dim):
+        self.images, self.labels, self.label_dim, self.shape = images, labels, label_dim, tuple(images.shape[1:])
+
+    def sample(self, n):
+        i = torch.randint(len(self.images), (n,), device=self.images.device)
+        x = self.images[i].float() / 127.5 - 1
+        flip = torch.rand(n, 1, 1, 1, device=x.device) < 0.5
+        return torch.where(flip, x.flip(3), x), F.one_hot(self.labels[i], self.label_dim).float() if self.label_dim else None
+
+    def draw_label(self, n):
+        k = torch.randint(max(self.label_dim, 1), (n,), device=self.images.device)
+        return F.one_hot(k, self.label_dim).float() if self.label_dim else None
+
+
+def load_data(cfg):
+    """
+    The data set --data as an endless source: .sample(n) -> x (n, ...) float32 on the device, label one-hot or None
+    (without --cond). Raises UserError for missing, truncated or damaged files.
+    """
+    if cfg.data in TOYS:
+        data = copy.deepcopy(TOYS[cfg.data]).to(pick_device(cfg))
+    elif cfg.data == "cifar10":
+        rows = torch.from_numpy(_cifar10_rows(Path(cfg.data_dir))).to(pick_device(cfg))         # label, then 3x32x32
+        data = Images(rows[:, 1:].reshape(-1, 3, 32, 32).contiguous(), rows[:, 0].long(), 10)
+    else:
+        raise UserError(f"unknown data set {cfg.data!r}: choose one of {', '.join([*TOYS, *IMAGES])}")
+    if not cfg.cond:
+        data.label_dim = 0
+    return data
+
+
+def _cifar10_rows(where):
+    """Training rows (N, 3073) uint8 of the official binary version, read from its folder or its archive, or downloaded."""
+    names = [f"data_batch_{i}.bin" for i in range(1, 6)]
+    folder = next((f for f in (where, where / "cifar-10-batches-bin") if (f / names[0]).exists()), None)
+    archive = where if where.is_file() else where / "cifar-10-binary.tar.gz"
+    if folder is not None:
+        missing = [n for n in names if not (folder / n).is_file()]
+        if missing:
+            raise UserError(f"{folder} lacks {missing[0]}; unpack the whole archive cifar-10-binary.tar.gz there")
+        parts = {n: (folder / n).read_bytes() for n in names}
+    else:
+        if not archive.exists():
+            download(CIFAR10_URL, archive, CIFAR10_MD5)
+        elif archive.name == "cifar-10-binary.tar.gz" and _md5(archive) != CIFAR10_MD5:
+            raise UserError(f"{archive} has the wrong MD5 sum (damaged or cut off); delete it and get it again from {CIFAR10_URL}")
+        try:
+            with tarfile.open(archive) as tar:      # members are read in memory: nothing is unpacked, no path can escape
+                parts = {Path(m.name).name: tar.extractfile(m).read() for m in tar if Path(m.name).name in names and m.isfile()}
+        except (tarfile.TarError, EOFError, OSError, zlib.error) as e:
+            raise UserError(f"{archive} is no readable CIFAR-10 archive ({e}); delete it and get it again from {CIFAR10_URL}")
+        if len(parts) < 5:
+            raise UserError(f"{archive} lacks {sorted(set(names) - set(parts))[0]}; it is not the binary version of CIFAR-10")
+    for name, raw in parts.items():
+        rows = np.frombuffer(raw, np.uint8)
+        if not len(raw) or len(raw) % 3073 or rows.reshape(-1, 3073)[:, 0].max() > 9:
+            raise UserError(f"{name} in {folder or archive} is damaged: {len(raw)} bytes are not rows of a label 0..9 and 3x32x32 bytes")
+    return np.concatenate([np.frombuffer(parts[n], np.uint8).reshape(-1, 3073) for n in names])
+
+
+def _md5(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "md5").hexdigest() if sys.version_info >= (3, 11) else hashlib.md5(f.read()).hexdigest()
+
+
+def download(url, path, md5):
+    """Fetch url to path, continuing a partial download, and keep it only if the checksum fits."""
+    part = path.with_name(path.name + ".part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    done = part.stat().st_size if part.exists() else 0
+    try:
+        request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
+        with urllib.request.urlopen(request, timeout=30) as reply:
+            done = done if reply.status == 206 else 0           # a server that ignores Range sends the whole file again
+            total = done + int(reply.headers.get("Content-Length", 0))
+            with open(part, "ab" if done else "wb") as f, tqdm(total=total, initial=done, unit="B", unit_scale=True, desc=path.name) as bar:
+                while chunk := reply.read(1 << 20):
+                    f.write(chunk)
+                    bar.update(len(chunk))
+    except (OSError, urllib.error.URLError) as e:
+        if not (isinstance(e, urllib.error.HTTPError) and e.code == 416):       # 416: the part is already whole
+            raise UserError(f"could not download {url} ({e}); get it by other means and put it at {path}, or run again to continue")
+    if _md5(part) != md5:
+        part.unlink()
+        raise UserError(f"{url} arrived with the wrong MD5 sum and was deleted; run again, or put a good copy at {path}")
+    part.replace(path)
+
+
+# ---- 3. noise levels -------------------------------------------------------------------------------------------------
+
+
+def bcast(v, x):
+    """v (B,) with trailing axes, so that it multiplies x (B, ...)."""
+    return v.reshape(-1, *[1] * (x.ndim - 1))
+
+
+def karras(u, sigma_min, sigma_max, rho=7):
+    """Noise level at u in [0, 1] along Karras's ramp from sigma_min to sigma_max (EDM, arXiv 2206.00364, Eq. 5)."""
+    return (sigma_min ** (1 / rho) + u * (sigma_max ** (1 / rho) - sigma_min ** (1 / rho))) ** rho
+
+
+def karras_sigmas(steps, sigma_min, sigma_max, rho=7, device=None):
+    """The sampler's levels (steps + 1,) float64, falling from sigma_max to sigma_min and then 0 (EDM, Eq. 5)."""
+    ramp = torch.linspace(1, 0, steps, dtype=torch.float64, device=device)
+    return torch.cat([karras(ramp, sigma_min, sigma_max, rho), ramp.new_zeros(1)])
+
+
+def lognormal_sigma(n, mean=-1.2, std=1.2, device=None):
+    """n levels with ln sigma ~ N(mean, std^2), EDM's training distribution (EDM, Table 1)."""
+    return (mean + std * torch.randn(n, device=device)).exp()
+
+
+def edm_weight(sigma, sigma_data):
+    """Weight of the denoising loss (B,) that makes every level's loss about one at the start (EDM, Table 1)."""
+    return 1 / sigma**2 + 1 / sigma_data**2
+
+
+def denoising_loss(denoiser, x, sigma, label=None, sigma_data=0.5):
+    """Per-sample loss (B,) of a denoiser on clean x (B, ...) at levels sigma (B,): EDM's weighted squared error (EDM, Eq. 2)."""
+    d = denoiser(x + bcast(sigma, x) * torch.randn_like(x), sigma, label)
+    return edm_weight(sigma, sigma_data) * (d - x).square().flatten(1).mean(1)
+
+
+# ---- 4. networks -----------------------------------------------------------------------------------------------------
+# A network maps (x, c_noise (B,), label) to x's shape in two halves: encode() -> (features, rest), decode(features, rest).
+# The last feature is what a discriminator's head reads, so one pass serves a denoiser and a discriminator at once.
+
+
+class Denoiser(nn.Module):
+    """
+    A network with EDM's preconditioning (EDM, Table 1): D = c_skip x + c_out F(c_in x, ln(sigma) / 4, label).
+    Inside it may run in bf16; in and out are float32. `spec` and shape say how to build it again.
+    """
+
+    def __init__(self, net, sigma_data=0.5, dtype="fp32"):
+        super().__init__()
+        self.net, self.sigma_data, self.dtype = net, sigma_data, dtype
+        self.shape, self.label_dim = net.shape, net.label_dim
+
+    def forward(self, x_t, sigma, label=None, features=""):
+        """x_t (B, ...), sigma (B,) -> x. features="also": (x, features), "only": features, the net's second half unused."""
+        if self.label_dim and label is None:
+            label = x_t.new_zeros(len(x_t), self.label_dim)                     # EDM: no label is a row of zeros
+        x_t, s = x_t.float(), bcast(sigma.float(), x_t)
+        total = s**2 + self.sigma_data**2
+        with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.dtype == "bf16"):
+            h, rest = self.net.encode(x_t * total.rsqrt(), sigma.float().log() / 4, label if self.label_dim else None)
+            if features == "only":
+                return h[-1].float()
+            out = self.net.decode(h, rest)
+        x = self.sigma_data**2 / total * x_t + s * self.sigma_data * total.rsqrt() * out.float()
+        return (x, h[-1].float()) if features else x
+
+
+class MLP(nn.Module):
+    """
+    Denoiser network for toys. ReLU on purpose: one step has to tear one Gaussian into separate modes, and piecewise
+    linear maps have the sharp edges for it (ring, share of samples within 3 std of a mode: ReLU 0.94, SiLU 0.80).
+    """
+
+    def __init__(self, dim=2, label_dim=0, width=128, depth=4):
+        super().__init__()
+        self.spec, self.shape, self.label_dim = dict(dim=dim, label_dim=label_dim, width=width, depth=depth), (dim,), label_dim
+        self.layers = nn.ModuleList(nn.Linear(dim + 16 + label_dim if i == 0 else width, width) for i in range(depth))
+        self.out = nn.Linear(width, dim)
+
+    def encode(self, x, c_noise, label):
+        angle = c_noise[:, None] * torch.arange(0.5, 4.5, 0.5, device=x.device)                                  # (B, 8)
+        h = torch.cat([x, angle.sin(), angle.cos()] + ([] if label is None else [label]), 1)
+        for layer in self.layers:
+            h = layer(h).relu()
+        return [h], None
+
+    def decode(self, features, rest):
+        return self.out(features[-1])
+
+    def feature_shape(self):
+        return (self.out.in_features,)
+
+
+def _norm(c, eps):
+    """Group norm over EDM's number of groups, min(32, c / 4), or the next smaller one that divides c."""
+    return nn.GroupNorm(next(g for g in range(max(min(32, c // 4), 1), 0, -1) if c % g == 0), c, eps)
+
+
+class Block(nn.Module):
+    """Residual block of the UNet: norm, SiLU, (resample,) conv, embedding, norm, SiLU, conv, skip, attention."""
+
+    def __init__(self, c_in, c_out, c_emb, adm, dropout, resample="", attention=False):
+        super().__init__()
+        eps = 1e-5 if adm else 1e-6
+        self.adm, self.dropout, self.resample = adm, dropout, resample
+        self.scale = 1 if adm else 0.5**0.5                         # DDPM++ keeps the variance of the sum at one
+        self.heads = (max(c_out // 64, 1) if adm else 1) if attention else 0
+        self.norm0, self.conv0 = _norm(c_in, eps), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.affine = nn.Linear(c_emb, c_out * (2 if adm else 1))
+        self.norm1, self.conv1 = _norm(c_out, eps), nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out or (resample and not adm) else nn.Identity()
+        if attention:
+            self.norm2 = _norm(c_out, eps)
+            self.qkv, self.proj = nn.Conv2d(c_out, 3 * c_out, 1), nn.Conv2d(c_out, c_out, 1)
+
+    def resize(self, x):            # EDM's [1, 1] filter is exactly nearest neighbour up and 2x2 mean down
+        if self.resample == "up":
+            return F.interpolate(x, scale_factor=2, mode="nearest")
+        return F.avg_pool2d(x, 2) if self.resample == "down" else x
+
+    def forward(self, x, emb):                                                                          # (B, C, H, W)
+        h = self.conv0(self.resize(F.silu(self.norm0(x))))
+        e = self.affine(emb)[:, :, None, None]
+        if self.adm:                                                # scale and shift after the norm
+            scale, shift = e.chunk(2, 1)
+            h = F.silu(self.norm1(h) * (1 + scale) + shift)
+        else:
+            h = F.silu(self.norm1(h + e))
+        h = self.conv1(F.dropout(h, self.dropout, self.training))
+        x = (self.skip(self.resize(x)) + h) * self.scale
+        if self.heads:
+            b, c, height, w = x.shape       # EDM's layout: q, k, v are the fastest of the 3C channels
+            q, k, v = self.qkv(self.norm2(x)).reshape(b, self.heads, c // self.heads, 3, height * w).unbind(3)
+            a = F.scaled_dot_product_attention(q.transpose(2, 3), k.transpose(2, 3), v.transpose(2, 3))
+            x = (self.proj(a.transpose(2, 3).reshape(b, c, height, w)) + x) * self.scale
+        return x
+
+
+class UNet(nn.Module):
+    """
+    EDM's two image networks in one class, with EDM's parameter names: DDPM++ (adm=False, CIFAR-10: 55,733,891
+    parameters) and ADM (adm=True, ImageNet-64: 295,899,267). width channels times mult[i] at resolution / 2^i.
+    """
+
+    def __init__(self, resolution=32, channels=3, label_dim=0, width=128, mult=(2, 2, 2), blocks=4, attention=(16,),
+                 augment_dim=0, dropout=0.0, adm=False):
+        super().__init__()
+        if resolution % 2 ** (len(mult) - 1):
+            raise UserError(f"resolution {resolution} cannot be halved {len(mult) - 1} times, as multipliers {mult} want")
+        self.spec = dict(resolution=resolution, channels=channels, label_dim=label_dim, width=width, mult=tuple(mult),
+                         blocks=blocks, attention=tuple(attention), augment_dim=augment_dim, dropout=dropout, adm=adm)
+        self.shape, self.label_dim, self.width, self.adm = (channels, resolution, resolution), label_dim, width, adm
+        c_emb = 4 * width
+        self.map_layer0, self.map_layer1 = nn.Linear(width, c_emb), nn.Linear(c_emb, c_emb)
+        if label_dim:
+            self.map_label = nn.Linear(label_dim, c_emb if adm else width, bias=not adm)
+        if augment_dim:             # EDM's augmentation labels; zero when distilling, so it is only carried along
+            self.map_augment = nn.Linear(augment_dim, width, bias=False)
+        block = lambda c_in, c_out, **kw: Block(c_in, c_out, c_emb, adm, dropout, **kw)
+        self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
+        c, skips = channels, []
+        for level, m in enumerate(mult):
+            r = f"{resolution >> level}x{resolution >> level}"
+            if level == 0:
+                self.enc[f"{r}_conv"], c = nn.Conv2d(channels, width, 3, padding=1), width
+            else:
+                self.enc[f"{r}_down"] = block(c, c, resample="down")
+            skips.append(c)
+            for i in range(blocks):
+                self.enc[f"{r}_block{i}"] = block(c, width * m, attention=resolution >> level in attention)
+                c = width * m
+                skips.append(c)
+        for level, m in reversed(list(enumerate(mult))):
+            r = f"{resolution >> level}x{resolution >> level}"
+            if level == len(mult) - 1:
+                self.dec[f"{r}_in0"], self.dec[f"{r}_in1"] = block(c, c, attention=True), block(c, c)
+            else:
+                self.dec[f"{r}_up"] = block(c, c, resample="up")
+            for i in range(blocks + 1):
+                attend = resolution >> level in attention and (adm or i == blocks)
+                self.dec[f"{r}_block{i}"], c = block(c + skips.pop(), width * m, attention=attend), width * m
+        norm, conv = _norm(c, 1e-5 if adm else 1e-6), nn.Conv2d(c, channels, 3, padding=1)
+        if adm:
+            self.out_norm, self.out_conv = norm, conv
+        else:
+            self.dec[f"{r}_aux_norm"], self.dec[f"{r}_aux_conv"] = norm, conv
+        self._initialise(conv)
+
+    @classmethod
+    def ddpmpp(cls, resolution=32, label_dim=0, **kw):
+        """EDM's CIFAR-10 network; keywords (width, mult, blocks, attention ...) make it any size."""
+        return cls(**dict(dict(resolution=resolution, label_dim=label_dim, augment_dim=9), **kw))
+
+    @classmethod
+    def adm(cls, resolution=64, label_dim=1000, **kw):
+        """EDM's ImageNet-64 network."""
+        return cls(**dict(dict(resolution=resolution, label_dim=label_dim, width=192, mult=(1, 2, 3, 4), blocks=3,
+                               attention=(32, 16, 8), adm=True), **kw))
+
+    def _initialise(self, last):
+        zero = [last] + [m for b in self.modules() if isinstance(b, Block) for m in (b.conv1, getattr(b, "proj", None)) if m]
+        if self.adm:                # PyTorch's own initialisation, but every residual branch starts at zero
+            for m in zero:
+                nn.init.zeros_(m.weight), nn.init.zeros_(m.bias)
+            if self.label_dim:
+                nn.init.normal_(self.map_label.weight)
+            return
+        for m in self.modules():
+            if isinstance(m, (nn.Linear, nn.Conv2d)):
+                nn.init.xavier_uniform_(m.weight, 1e-5 if any(m is z for z in zero) else 1)
+                if m.bias is not None:
+                    nn.init.zeros_(m.bias)
+            if isinstance(m, Block) and m.heads:
+                nn.init.xavier_uniform_(m.qkv.weight, 0.2**0.5)
+
+    def encode(self, x, c_noise, label):
+        half = self.width // 2
+        power = torch.arange(half, device=x.device) / (half if self.adm else half - 1)
+        angle = c_noise[:, None] * 10000.0 ** -power                                                         # (B, half)
+        emb = torch.cat([angle.cos(), angle.sin()] if self.adm else [angle.sin(), angle.cos()], 1)
+        if self.adm:
+            emb = self.map_layer1(F.silu(self.map_layer0(emb)))
+            emb = F.silu(emb if label is None else emb + self.map_label(label))
+        else:
+            emb = emb if label is None else emb + self.map_label(label * self.label_dim**0.5)
+            emb = F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
+        features = []
+        for module in self.enc.values():
+            x = module(x, emb) if isinstance(module, Block) else module(x)
+            features.append(x)
+        return features, emb
+
+    def decode(self, features, emb):
+        x, skips = features[-1], list(features)
+        for name, module in self.dec.items():
+            if isinstance(module, Block):
+                x = module(torch.cat([x, skips.pop()], 1) if "_block" in name else x, emb)
+        norm, conv = (self.out_norm, self.out_conv) if self.adm else list(self.dec.values())[-2:]
+        return conv(F.silu(norm(x)))
+
+    def feature_shape(self):
+        r = self.shape[1] >> len(self.spec["mult"]) - 1
+        return (self.width * self.spec["mult"][-1], r, r)
+
+
+def generate(G, z, label=None):
+    """One step: unit noise z (B, ...) to samples x of the same shape, G read at its noise level sigma_init."""
+    return G(G.sigma_init * z, z.new_full((len(z),), G.sigma_init), label)
+
+
+class EMA:
+    """Exponential average of a network's weights, `ema.model`; a short warm-up lets early steps count less."""
+
+    def __init__(self, model, decay):
+        self.model, self.decay, self.count = copy.deepcopy(model).eval().requires_grad_(False), decay, 0
+
+    @torch.no_grad()
+    def update(self, model):
+        self.count += 1
+        decay = min(self.decay, self.count / (self.count + 9))
+        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)
+
+    def state_dict(self):
+        return dict(model=self.model.state_dict(), count=self.count)
+
+    def load_state_dict(self, state):
+        self.model.load_state_dict(state["model"])
+        self.count = state["count"]
+
+
+def lr_factor(progress, warmup=0.0, decay=0.5):
+    """Learning-rate factor at progress in [0, 1]: linear up over `warmup`, one, linear down to 0 over the last `decay`."""
+    return min(1.0, (progress + 1e-9) / warmup if warmup else 1.0, (1 - progress) / decay if decay else 1.0)
+
+
+def micro_batches(size, *tensors):
+    """Tuples of the tensors (B, ...) cut into parts of `size`; a None stays None."""
+    return zip(*(t.split(size) if t is not None else [None] * -(-len(tensors[0]) // size) for t in tensors))
+
+
+def set_lr(optimizer, lr):
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+# ---- 5. teachers and sampling ----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def heun_sample(denoiser, z, label=None, steps=18, sigma_min=0.002, sigma_max=80.0, rho=7, churn=0.0, s_min=0.05, s_max=50.0,
+                s_noise=1.003):
+    """
+    EDM's second-order sampler (EDM, Algorithm 2): unit noise z (B, ...) to samples of z's shape and dtype by
+    2 * steps - 1 network calls. churn > 0 adds fresh noise between s_min and s_max; the state is kept in float64.
+    """
+    call = lambda x, s: denoiser(x.to(z.dtype), s.to(z.dtype).expand(len(z)), label).double()
+    sigmas = karras_sigmas(steps, sigma_min, sigma_max, rho, z.device)
+    x = z.double() * sigmas[0]
+    for s, s_next in zip(sigmas[:-1], sigmas[1:]):
+        if churn and s_min <= s <= s_max:
+            s_hat = s * (1 + min(churn / steps, 2**0.5 - 1))
+            x, s = x + (s_hat**2 - s**2).sqrt() * s_noise * torch.randn_like(z).double(), s_hat
+        slope = (x - call(x, s)) / s                                                    # dx/dsigma (EDM, Eq. 3)
+        x_next = x + (s_next - s) * slope
+        if s_next > 0:
+            x_next = x + (s_next - s) * (slope + (x_next - call(x_next, s_next)) / s_next) / 2
+        x = x_next
+    return x.to(z.dtype)
+
+
+def in_batches(draw, n, label=None, size=500):
+    """Samples (n, ...) from draw(k, label) -> (k, ...), at most `size` at a time."""
+    parts = [draw(min(size, n - i), None if label is None else label[i:i + size]) for i in range(0, n, size)]
+    return torch.cat(parts)
+
+
+def build(cfg, shape, label_dim, sigma_data):
+    """A fresh Denoiser as --net and --width ask for, for samples of `shape`."""
+    kind = cfg.net or {1: "mlp", 3: "small"}[len(shape)]
+    kw = dict(width=cfg.width) if cfg.width else {}
+    if kind == "mlp":
+        net = MLP(shape[0], label_dim, **kw)
+    elif kind == "small":           # under a million parameters: CIFAR-10 on a CPU
+        net = UNet(shape[1], shape[0], label_dim, **dict(dict(width=32, mult=(1, 2, 2), blocks=1, attention=(shape[1] // 4,)), **kw))
+    else:
+        net = (UNet.ddpmpp if kind == "ddpmpp" else UNet.adm)(shape[1], label_dim, channels=shape[0], **kw)
+    return place(Denoiser(net, sigma_data, cfg.dtype), cfg)
+
+
+def place(denoiser, cfg):
+    """Move a denoiser to --device, with the memory layout and compilation that --device and --compile ask for."""
+    device = pick_device(cfg)
+    images_on_gpu = device.type == "cuda" and len(denoiser.shape) == 3
+    denoiser.to(device, memory_format=torch.channels_last if images_on_gpu else torch.preserve_format)
+    if cfg.compile:
+        denoiser.compile()
+    return denoiser
+
+
+def pack_denoiser(denoiser, cfg):
+    """What ema.pt holds: plain tensors, numbers and strings, so that it loads with weights_only=True."""
+    return dict(onestep=1, kind=type(denoiser.net).__name__, spec=denoiser.net.spec, sigma_data=denoiser.sigma_data,
+                sigma_init=getattr(denoiser, "sigma_init", None), model=denoiser.net.state_dict(), config=dataclasses.asdict(cfg))
+
+
+def load_denoiser(path, cfg):
+    """The Denoiser saved as ema.pt at `path` (or in the run folder `path`). Raises UserError for anything else."""
+    path = Path(path) / "ema.pt" if Path(path).is_dir() else Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give an ema.pt or the folder of a run that has one")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        net = {"MLP": MLP, "UNet": UNet}[saved["kind"]](**saved["spec"])
+        net.load_state_dict(saved["model"])
+        denoiser = Denoiser(net, saved["sigma_data"], cfg.dtype)
+        denoiser.sigma_init = saved["sigma_init"]
+    except UserError:
+        raise
+    except Exception as e:          # whatever torch.load meets in a foreign or damaged file
+        raise UserError(f"{path} is no checkpoint of onestep or is damaged ({type(e).__name__}); give the ema.pt of a run")
+    return place(denoiser.eval(), cfg)
+
+
+def load_teacher(cfg, data=None):
+    """
+    The frozen denoiser to distil: --teacher names a saved one, 'exact' is the toy's closed form, nothing fits one first
+    and keeps it in runs/teacher-*. `data` saves loading the data set again. Raises UserError if it does not fit --data.
+    """
+    if cfg.teacher == "exact":
+        return (data or load_data(cfg)).requires_grad_(False)
+    if not cfg.teacher:
+        return fit_teacher(cfg, data or load_data(cfg)).requires_grad_(False)
+    teacher = load_denoiser(cfg.teacher, cfg)
+    shape, classes = (TOYS[cfg.data].shape, TOYS[cfg.data].label_dim) if cfg.data in TOYS else IMAGES[cfg.data]
+    if teacher.shape != shape:
+        raise UserError(f"--teacher {cfg.teacher} makes samples of shape {teacher.shape}, --data {cfg.data} has {shape}")
+    if teacher.label_dim != classes * cfg.cond:
+        need = "add --cond" if not cfg.cond and teacher.label_dim == classes else "choose a teacher of the same classes"
+        raise UserError(f"--teacher {cfg.teacher} takes {teacher.label_dim} classes, this run {classes * cfg.cond}; {need}")
+    return teacher.requires_grad_(False)
+
+
+def initial_student(cfg, teacher, data):
+    """A trainable copy of the teacher; of the fitted MLP where the teacher is the closed form. Starts at --sigma_init."""
+    source = teacher if isinstance(teacher, Denoiser) else fit_teacher(cfg, data)
+    G = copy.deepcopy(source).train().requires_grad_(True)
+    G.sigma_init = cfg.sigma_init
+    return G
+
+
+def fit_teacher(cfg, data):
+    """
+    Fit a denoiser to the data and keep it in runs/teacher-<data>-<key>: toys regress the closed form, images take EDM's
+    denoising loss. A later call with the same settings and data loads it; an interrupted fit goes on where it stopped.
+    """
+    toy = cfg.data in TOYS
+    same = {k: getattr(cfg, k) for k in ("data", "net", "width", "cond", "teacher_steps", "sigma_min", "sigma_max")}
+    content = 0 if toy else zlib.crc32(data.images.cpu().numpy())
+    key = hashlib.sha256(json.dumps([same, content]).encode()).hexdigest()[:8]
+    own = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(Shared)}
+    own.update(steps=cfg.teacher_steps, seed=0, teacher="", resume=True, out=f"runs/teacher-{cfg.data}-{key}", fid="", sample="",
+               lr=2e-3 if toy else 1e-3, ema=0.99 if toy else 0.999, every=500, batch=512 if toy or cfg.net in ("ddpmpp", "adm") else 128)
+    own["micro"] = math.gcd(own["batch"], cfg.micro) if cfg.micro else own["batch"]
+    fit = Shared(**own)
+    if (Path(fit.out) / "metrics.json").exists():
+        return load_denoiser(fit.out, cfg)
+    with torch.random.fork_rng([pick_device(cfg)] if pick_device(cfg).type == "cuda" else []):    # the caller's draws stay the same
+        run = Run(fit, "teacher")
+        net = build(fit, data.shape, data.label_dim, data.sigma_data)
+        ema, opt = EMA(net, fit.ema), torch.optim.Adam(net.parameters(), fit.lr, fused=True)
+        for _ in run.steps(dict(net=net, ema=ema, opt=opt)):
+            set_lr(opt, fit.lr * lr_factor(run.progress, warmup=0.05, decay=0.7))
+            for _ in range(fit.batch // fit.micro):
+                x, label = data.sample(fit.micro)
+                if toy:
+                    sigma = karras(torch.rand(fit.micro, device=x.device), fit.sigma_min, fit.sigma_max)
+                    x_t = x + bcast(sigma, x) * torch.randn_like(x)
+                    error = (net(x_t, sigma, label) - data.denoise(x_t, sigma, label)).square().mean(1)
+                    loss = (edm_weight(sigma, data.sigma_data) * error).mean()
+                else:
+                    loss = denoising_loss(net, x, lognormal_sigma(len(x), device=x.device), label, data.sigma_data).mean()
+                (loss * fit.micro / fit.batch).backward()
+            opt.step()
+            opt.zero_grad()
+            ema.update(net)
+            run.log(loss=loss)
+        run.finish(dict(steps=fit.steps))
+    return load_denoiser(fit.out, cfg)
+
+
+# ---- 6. divergences and the weighting op -----------------------------------------------------------------------------
+# f and h(r) = r^2 f''(r) of D_f(p || q) = E_q[f(r)], r = p / q with p the teacher's density and q the student's
+# (f-distill, arXiv 2502.15681, Table 1; Hellinger without its factor 1/4 would do as well, h is normalised later).
+
+Divergence = namedtuple("Divergence", "f h")
+F_DIVERGENCES = {
+    "rkl": Divergence(lambda r: -r.log(), lambda r: torch.ones_like(r)),
+    "fkl": Divergence(lambda r: r * r.log(), lambda r: r),
+    "js": Divergence(lambda r: r * r.log() - (r + 1) * ((r + 1) / 2).log(), lambda r: r / (r + 1)),
+    "srkl": Divergence(lambda r: (r + 1) * (0.5 + 0.5 / r).log(), lambda r: 1 / (r + 1)),
+    "hellinger": Divergence(lambda r: 1 - r.sqrt(), lambda r: r.sqrt() / 4),
+    "jeffreys": Divergence(lambda r: (r - 1) * r.log(), lambda r: r + 1),
+    "neyman": Divergence(lambda r: (1 - r) ** 2 / r, lambda r: 2 / r),
+}
+LOG_RATIO_MAX = 10.0                                # log ratios are clamped to +-10 before exp
+
+
+def weighted_score_gradient(x, d_real, d_fake, log_ratio, divergence):
+    """
+    The student's gradient in its own samples, and a per-sample loss that has it.
+
+    x, d_real, d_fake (B, ...) in fp32, bf16 or fp16: samples, the teacher's and the fake score's denoised estimates of
+    their noised versions; log_ratio (B,) = log p_teacher / q_student; divergence a name of F_DIVERGENCES. With
+    n_b = mean|x - d_real| (DMD, arXiv 2311.18828, Eq. 8) and h_b = h(exp(clamp(log_ratio, +-10))):
+
+        g    = h_b (d_fake - d_real) / n_b     (B, ...) of x's dtype; elements that are not finite become 0
+        loss = mean(g^2) / 2 per sample        (B,) float32, with d loss_b / d x_b = g_b / (elements of a sample)
+
+    since s_fake - s_real = (d_fake - d_real) / sigma^2. Only x gets a gradient, and only through loss. Sums are taken
+    in float32. Raises UserError for unknown divergences and shapes that differ.
+    """
+    if divergence not in F_DIVERGENCES:
+        raise UserError(f"unknown divergence {divergence!r}: choose one of {', '.join(F_DIVERGENCES)}")
+    if not x.shape == d_real.shape == d_fake.shape or log_ratio.shape != x.shape[:1]:
+        raise UserError(f"x {tuple(x.shape)}, d_real {tuple(d_real.shape)}, d_fake {tuple(d_fake.shape)} must agree and "
+                        f"log_ratio {tuple(log_ratio.shape)} be ({len(x)},)")
+    return _weighting_op(x, d_real.detach(), d_fake.detach(), log_ratio.detach(), divergence)
+
+
+@torch.library.custom_op("onestep::weighted_score_gradient", mutates_args=())
+def _weighting_op(x: torch.Tensor, d_real: torch.Tensor, d_fake: torch.Tensor, log_ratio: torch.Tensor,
+                  divergence: str) -> tuple[torch.Tensor, torch.Tensor]:
+    return weighting_reference(x, d_real, d_fake, log_ratio, divergence)        # the CUDA kernel registers beside this
+
+
+def weighting_reference(x, d_real, d_fake, log_ratio, divergence):
+    """The op in plain PyTorch: what every other implementation must equal."""
+    h = F_DIVERGENCES[divergence].h(log_ratio.float().clamp(-LOG_RATIO_MAX, LOG_RATIO_MAX).exp())            # (B,)
+    n = (x.float() - d_real.float()).abs().flatten(1).mean(1)                                                # (B,)
+    g = bcast(h / n, x) * (d_fake.float() - d_real.float())
+    g = torch.where(g.isfinite(), g, 0.0)                       # the one place where non-finite values are dropped
+    return torch.empty_like(x).copy_(g), g.square().flatten(1).mean(1) / 2
+
+
+@_weighting_op.register_fake
+def _(x, d_real, d_fake, log_ratio, divergence):
+    return torch.empty_like(x), x.new_empty(len(x), dtype=torch.float32)
+
+
+def _save_gradient(ctx, inputs, output):
+    ctx.mark_non_differentiable(output[0])
+    ctx.save_for_backward(output[0])
+
+
+def _use_gradient(ctx, _, grad_loss):
+    g, = ctx.saved_tensors
+    per_element = grad_loss / max(g[0].numel() if len(g) else 1, 1)
+    return (g * bcast(per_element, g)).to(g.dtype), None, None, None, None
+
+
+_weighting_op.register_autograd(_use_gradient, setup_context=_save_gradient)
+
+
+# ---- 7. metrics ------------------------------------------------------------------------------------------------------
+
+
+def energy_coefficient(x, y):
+    """
+    Szekely and Rizzo's H = (2 E|X-Y| - E|X-X'| - E|Y-Y'|) / (2 E|X-Y|) of samples x (n, D), y (m, D): 0 for equal laws,
+    towards 1 for distant ones, free of scale. Without self-pairs, hence unbiased and sometimes slightly below 0.
+    """
+    total = lambda a, b: sum(torch.cdist(part, b).sum(dtype=torch.float64) for part in a.split(1000))
+    n, m = len(x), len(y)
+    cross = 2 * total(x, y) / (n * m)
+    return float((cross - total(x, x) / (n * (n - 1)) - total(y, y) / (m * (m - 1))) / cross)
+
+
+@torch.no_grad()
+def toy_metrics(x, mixture, n_density=4000):
+    """
+    How close samples x (n, 2) are to a GaussianMixture: H against n fresh samples; the share within 3 std of a mode
+    (data: 0.989); the smallest and largest mode weight relative to the true one, each sample counted at its nearest
+    mode; and the divergences rkl, fkl, js between the two densities blurred by std, from n_density held-out samples.
+    """
+    y = GaussianMixture.sample(mixture, len(x))[0]
+    near, k = torch.cdist(x, mixture.means).min(1)
+    true_k = torch.cdist(y, mixture.means).argmin(1)
+    share = torch.bincount(k, minlength=len(mixture.means)) / torch.bincount(true_k, minlength=len(mixture.means)).clamp(min=1)
+    out = dict(H=energy_coefficient(x, y), in_3std=(near < 3 * mixture.std).float().mean().item(),
+               mode_min=share.min().item(), mode_max=share.max().item())
+    n = min(n_density, len(x) // 2)
+    q, sigma = GaussianMixture(x[n:2 * n]), x.new_full((n,), mixture.std)
+    at_q, at_p = x[:n] + mixture.std * torch.randn_like(x[:n]), y[:n] + mixture.std * torch.randn_like(y[:n])
+    log_r = lambda a: mixture.log_prob(a, sigma) - q.log_prob(a, sigma)
+    r = log_r(at_q).clamp(-50, 50).exp()
+    out.update(rkl=-log_r(at_q).mean().item(), fkl=log_r(at_p).mean().item(), js=F_DIVERGENCES["js"].f(r).mean().item())
+    return out
+
+
+def to_uint8(x):
+    """[-1, 1] to 0..255, rounded as the data was."""
+    return (x * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+
+
+@torch.no_grad()
+def feature_statistics(images, inception, size=100, desc="inception"):
+    """Mean (2048,) and covariance, float64, of Inception features of uint8 images (N, 3, H, W), `size` at a time."""
+    total, outer = 0, 0
+    for part in tqdm(images.split(size), desc=desc, leave=False):
+        f = inception(part, return_features=True).double()
+        total, outer = total + f.sum(0), outer + f.T @ f
+    mean = total / len(images)
+    return mean, (outer - len(images) * mean[:, None] * mean) / (len(images) - 1)
+
+
+def frechet_distance(mean1, cov1, mean2, cov2):
+    """Frechet distance of two Gaussians, |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), float64, by eigenvalues."""
+    values, vectors = torch.linalg.eigh(cov1)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T                 # tr (C1 C2)^(1/2) = tr (root C2 root)^(1/2)
+    cross = torch.linalg.eigvalsh(root @ cov2 @ root).clamp(min=0).sqrt().sum()
+    return float((mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * cross)
+
+
+def fid_name(n):
+    """fid50k, fid1k, fid500: the sample count is part of the metric's name."""
+    return f"fid{n // 1000}k" if n % 1000 == 0 else f"fid{n}"
+
+
+def image_metrics(cfg, data, samplers):
+    """
+    FID of each {name: draw(n, label) -> images} over --samples images, as {"fid1k" + name: value}, with the reference
+    named: the training images, all or the first --fid_ref, their statistics kept in runs/.
+    """
+    try:
+        inception = torch.jit.load(cfg.fid, map_location=pick_device(cfg)).eval()
+    except (RuntimeError, ValueError, OSError) as e:
+        raise UserError(f"--fid {cfg.fid} is no TorchScript file ({str(e).splitlines()[0]}); README says where to get it")
+    reference = data.images[:cfg.fid_ref or len(data.images)]
+    key = zlib.crc32(reference.cpu().numpy(), zlib.crc32(Path(cfg.fid).read_bytes()))
+    cache = Path(f"runs/fidref-{cfg.data}-{len(reference)}-{key:08x}.pt")
+    if not cache.exists():
+        stats = feature_statistics(reference, inception, desc=f"reference, {len(reference):,} images")
+        write_atomically(cache, lambda f: torch.save([s.cpu() for s in stats], f))
+    stats = [s.to(reference.device) for s in torch.load(cache, weights_only=True)]
+    out = dict(fid_ref=f"{cfg.data} training images, {len(reference)}")
+    for name, draw in samplers.items():
+        x = to_uint8(in_batches(draw, cfg.samples, data.draw_label(cfg.samples)))
+        out[fid_name(cfg.samples) + name] = frechet_distance(*feature_statistics(x, inception, desc="samples" + name), *stats)
+    return out
+
+
+def report(run, data, teacher, draw):
+    """Measure the finished student draw(n, label) -> x, write metrics.json, print figures and where things are; returns them."""
+    cfg, start = run.cfg, time.time()
+    with torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):
+        torch.manual_seed(cfg.seed)
+        if cfg.data in TOYS:
+            metrics = dict(toy_metrics(in_batches(draw, cfg.samples, data.draw_label(cfg.samples), 5000), data), n=cfg.samples)
+            line = "H {H:.5f} ({n:,} samples; 0 is perfect), {in_3std:.1%} within 3 std of a mode (data 98.9%), " \
+                   "mode weights {mode_min:.2f} to {mode_max:.2f} of the true ones".format(**metrics)
+        elif cfg.fid:
+            z = lambda n: torch.randn(n, *data.shape, device=run.device)
+            metrics = image_metrics(cfg, data, {
+                "": draw, "_teacher_18_steps": lambda n, y: heun_sample(teacher, z(n), y, 18, cfg.sigma_min, cfg.sigma_max),
+                "_teacher_1_step": lambda n, y: teacher(cfg.sigma_max * z(n), z(n)[:, 0, 0, 0] * 0 + cfg.sigma_max, y)})
+            line = ", ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{k}: {v}" for k, v in metrics.items())
+        else:
+            metrics, line = {}, "no FID was measured; --fid FILE does it"
+    run.finish(metrics)
+    print(f"{run.dir}/samples.png   more samples: python {run.script}.py --sample {run.dir} --samples 64")
+    print(f"{run.script} {cfg.data} seed {cfg.seed}, {cfg.steps} steps in {run.seconds:.0f} s (+ {time.time() - start:.0f} s to measure): {line}")
+    return metrics
+
+
+# ---- 8. pictures -----------------------------------------------------------------------------------------------------
+
+
+def save_picture(path, panels):
+    """Panels {title: samples} side by side as a PNG: scatter plots of (n, 2) with common axes, or grids of (n, C, H, W)."""
+    from matplotlib.figure import Figure                    # no pyplot: no global state, nothing to close in a notebook
+    figure = Figure(figsize=(3.2 * len(panels), 3.4), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    toy = next(iter(panels.values())).ndim == 2
+    reach = 1.25 * float(next(iter(panels.values())).abs().max()) if toy else 0             # the data's axes for all
+    for ax, (title, x) in zip(axes, panels.items()):
+        x = x.detach().float().cpu()
+        if toy:
+            ax.scatter(*x[:5000].T, s=1, alpha=0.4, color="#0072b2", linewidths=0, rasterized=True)
+            ax.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal", xticks=[], yticks=[])
+        else:
+            n = math.isqrt(min(len(x), 256))
+            grid = to_uint8(x[:n * n]).reshape(n, n, *x.shape[1:]).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
+            ax.imshow(grid.squeeze(-1).numpy(), cmap="gray", interpolation="nearest")
+            ax.set_axis_off()
+        ax.set_title(title, fontsize=9)
+    write_atomically(path, lambda f: figure.savefig(f, format="png", dpi=130))
+
+
+def gallery(cfg, data, teacher, n=None):
+    """(panels, z, label): pictures of data and teacher samples, and the fixed latents for the student's panel beside them."""
+    n = n or (5000 if cfg.data in TOYS else 64)
+    device = pick_device(cfg)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        x, label = data.sample(n)
+        z = torch.randn(n, *data.shape, device=device)
+        steps = 18
+        fine = heun_sample(teacher, z, label, steps, cfg.sigma_min if cfg.data in TOYS else 0.002, cfg.sigma_max)
+    return {f"data: {cfg.data}": x, f"teacher, {2 * steps - 1} network calls": fine}, z, label
+
+
+# ---- 9. run folder ---------------------------------------------------------------------------------------------------
+
+
+def write_atomically(path, write):
+    """write(file) to a neighbour of `path`, then rename: a kill or a full disk leaves the old file or the new one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + f".{os.getpid()}.part")
+    try:
+        with open(part, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as e:                    # torch.save reports a full disk as a RuntimeError
+        part.unlink(missing_ok=True)
+        raise UserError(f"could not write {path} ({str(e).splitlines()[0]}); what was there is kept: make room, then add --resume")
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+class Run:
+    """
+    The folder of one run: config.json, log.csv, samples.png, samples/<step>.png, last.pt (everything, for --resume),
+    ema.pt (the student) and metrics.json. Seeds PyTorch. A folder of other settings is refused; one of the same
+    settings is continued with --resume, else renamed to <folder>~1, never overwritten.
+    """
+    free = {"resume", "every", "samples", "sample", "fid", "fid_ref", "device", "micro", "compile", "data_dir", "out"}
+
+    def __init__(self, cfg, script):
+        self.cfg, self.script, self.device = cfg, script, pick_device(cfg)
+        self.dir = Path(cfg.out or f"runs/{script}-{cfg.data}-{cfg.seed}")
+        self.step, self.rows, self.seconds, self.began = 0, [], 0.0, time.time()
+        now = json.loads(json.dumps(dataclasses.asdict(cfg)))
+        if self.dir.exists() and (not self.dir.is_dir() or any(self.dir.iterdir())):
+            try:
+                old = json.loads((self.dir / "config.json").read_text())
+            except (OSError, ValueError):
+                raise UserError(f"{self.dir} exists and is no run folder; choose another --out")
+            other = [f"--{k} {old[k]!r} there, {now[k]!r} here" if k in old and k in now else f"--{k} only in one"
+                     for k in {**old, **now} if k not in self.free | {"about"} and old.get(k) != now.get(k)]
+            if other:
+                raise UserError(f"{self.dir} holds a run with other settings ({'; '.join(other[:3])}); choose another --out")
+            if not cfg.resume:
+                aside = next(p for i in range(1, 10**6) if not (p := Path(f"{self.dir}~{i}")).exists())
+                self.dir.rename(aside)
+                print(f"the earlier run in {self.dir} is now {aside}")
+        gpu = torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"
+        now["about"] = dict(script=script, torch=torch.__version__, device=gpu)
+        self.dir.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.dir / "config.json", lambda f: f.write(json.dumps(now, indent=1).encode()))
+        torch.manual_seed(cfg.seed)
+
+    @property
+    def progress(self):
+        """Share of the training done, in [0, 1): what schedules go by."""
+        return self.step / self.cfg.steps
+
+    def steps(self, state):
+        """
+        Yield step numbers to the end of training, from the checkpoint with --resume. `state` names everything with a
+        state_dict; its entry "ema" is the student that ema.pt gets. Saves every --every steps, on Ctrl-C and at the end.
+        """
+        self.state, self.interrupted = state, False
+        if self.cfg.resume and (self.dir / "last.pt").exists():
+            self._restore()
+
+        def on_interrupt(*_):
+            if self.interrupted:
+                raise KeyboardInterrupt
+            self.interrupted = True
+        try:
+            before = signal.signal(signal.SIGINT, on_interrupt)
+        except ValueError:                                  # not the main thread: leave signals alone
+            before = None
+        self.began, bar = time.time() - self.seconds, tqdm(total=self.cfg.steps, initial=self.step, desc=self.script)
+        try:
+            while self.step < self.cfg.steps:
+                self.bar = bar
+                yield self.step
+                self.step += 1
+                bar.update()
+                if len(self.rows) >= 50 or self.step == self.cfg.steps:
+                    self.flush()
+                if self.step % self.cfg.every == 0 or self.step == self.cfg.steps or self.interrupted:
+                    self.save()
+                if self.interrupted:
+                    raise KeyboardInterrupt(f"saved at step {self.step}; continue with --resume")
+        finally:
+            bar.close()
+            self.seconds = time.time() - self.began
+            if before is not None:
+                signal.signal(signal.SIGINT, before)
+
+    def due(self):
+        """True in the steps after which a checkpoint is written: the time for a picture."""
+        return (self.step + 1) % self.cfg.every == 0 or self.step + 1 == self.cfg.steps
+
+    def log(self, **values):
+        """Keep the step's scalars (tensors or numbers); they are fetched, checked and written every 50 steps."""
+        self.rows.append((self.step, {k: torch.as_tensor(v).detach() for k, v in values.items()}))
+
+    def flush(self):
+        """Write the averages kept since the last time as one row of log.csv; UserError at the first non-finite value."""
+        if not self.rows:
+            return
+        names = list(self.rows[0][1])
+        table = torch.stack([torch.stack([row[k].float().to(self.device) for k in names]) for _, row in self.rows]).cpu()
+        for (step, _), row in zip(self.rows, table):
+            for name, value in zip(names, row):
+                if not value.isfinite():
+                    kept = f"the checkpoint before it is in {self.dir}" if (self.dir / "last.pt").exists() else "nothing was saved yet"
+                    raise UserError(f"{name} became {value.item()} at step {step}; {kept}; a lower --lr may help")
+        means, self.rows = table.mean(0).tolist(), []
+        self.bar.set_postfix_str(" ".join(f"{k} {v:.3g}" for k, v in zip(names, means)))
+        new = not (self.dir / "log.csv").exists()
+        with open(self.dir / "log.csv", "a", newline="") as f:
+            writer = csv.writer(f)
+            writer.writerows([["step", "seconds", *names]] * new)
+            writer.writerow([self.step, round(time.time() - self.began, 2), *(f"{v:.6g}" for v in means)])
+
+    def show(self, panels):
+        """samples/<step>.png and samples.png from {title: samples}."""
+        path = self.dir / "samples" / f"{self.step + 1:07d}.png"
+        save_picture(path, panels)
+        write_atomically(self.dir / "samples.png", lambda f: f.write(path.read_bytes()))
+
+    def save(self):
+        """Checkpoint: ema.pt, then last.pt. Refuses to store weights that are not finite."""
+        self.flush()
+        for name, part in self.state.items():
+            bad = isinstance(part, nn.Module) and [n for n, p in part.named_parameters() if not p.isfinite().all()]
+            if bad:
+                raise UserError(f"weight {bad[0]} of {name} is not finite at step {self.step}; the checkpoint before it is kept; a lower --lr may help")
+        rng = [torch.get_rng_state()] + ([torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else [])
+        everything = dict(step=self.step, seconds=time.time() - self.began, rng=rng,
+                          state={k: v if torch.is_tensor(v) else v.state_dict() for k, v in self.state.items()})
+        write_atomically(self.dir / "ema.pt", lambda f: torch.save(pack_denoiser(self.state["ema"].model, self.cfg), f))
+        write_atomically(self.dir / "last.pt", lambda f: torch.save(everything, f))
+
+    def _restore(self):
+        try:
+            saved = torch.load(self.dir / "last.pt", map_location="cpu", weights_only=True)
+            for name, part in self.state.items():
+                (part.copy_ if torch.is_tensor(part) else part.load_state_dict)(saved["state"][name])
+            self.step, self.seconds = saved["step"], saved["seconds"]
+            torch.set_rng_state(saved["rng"][0])
+            if self.device.type == "cuda" and len(saved["rng"]) > 1:
+                torch.cuda.set_rng_state(saved["rng"][1], self.device)
+        except Exception as e:
+            raise UserError(f"{self.dir}/last.pt is damaged or of another version ({type(e).__name__}); choose another --out to start afresh")
+        log = self.dir / "log.csv"
+        if log.exists():                                    # rows after the checkpoint will be written again
+            lines = log.read_text().splitlines()
+            keep = lines[:1] + [r for r in lines[1:] if r.split(",")[0].isdigit() and int(r.split(",")[0]) <= self.step]
+            write_atomically(log, lambda f: f.write("".join(r + "\n" for r in keep).encode()))
+
+    def finish(self, metrics):
+        """metrics.json: the measured figures with sample count, training seconds, peak memory and machine."""
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self.device) / 2**30
+        else:
+            import resource
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+        about = dict(step=self.step, train_seconds=round(self.seconds, 1), peak_gib=round(peak, 2), device=str(self.device), torch=torch.__version__)
+        write_atomically(self.dir / "metrics.json", lambda f: f.write(json.dumps({**metrics, **about}, indent=1).encode()))
+
+
+def draw(cfg, sample):
+    """--sample: draw --samples from the student in a run folder into draw.npy and draw.png there."""
+    student = load_denoiser(cfg.sample, cfg)
+    if student.sigma_init is None:
+        raise UserError(f"{cfg.sample} holds a teacher, not a one-step student; draw from the folder of a distillation run")
+    torch.manual_seed(cfg.seed)
+    x = sample(student, cfg.samples)
+    folder = Path(cfg.sample) if Path(cfg.sample).is_dir() else Path(cfg.sample).parent
+    write_atomically(folder / "draw.npy", lambda f: np.save(f, x.cpu().numpy()))
+    save_picture(folder / "draw.png", {f"{len(x):,} one-step samples": x})
+    print(f"{folder}/draw.png and draw.npy: {len(x):,} samples")
