@@ -110,6 +110,11 @@ def check(cfg):
             raise UserError(f"--{name} must be at least 1, not {getattr(cfg, name)}")
     if cfg.micro < 0 or cfg.micro and cfg.batch % cfg.micro:
         raise UserError(f"--micro {cfg.micro} does not divide --batch {cfg.batch}")
+    if cfg.samples < 2 and not cfg.sample:
+        raise UserError("--samples must be at least 2 to measure anything")
+    if not 0 < cfg.sigma_min < cfg.sigma_max < math.inf or not 0 < cfg.sigma_init < math.inf:
+        raise UserError(f"noise levels must fulfil 0 < sigma_min < sigma_max and 0 < sigma_init, "
+                        f"not {cfg.sigma_min}, {cfg.sigma_max}, {cfg.sigma_init}")
     if not 0 <= cfg.ema < 1:
         raise UserError(f"--ema is a decay in [0, 1), not {cfg.ema}")
     if not cfg.lr > 0 or not math.isfinite(cfg.lr):
@@ -168,13 +173,13 @@ class GaussianMixture(nn.Module):
         super().__init__()
         means = torch.as_tensor(means)
         means = means if means.is_floating_point() else means.float()
-        weights = torch.ones(len(means)) if weights is None else torch.as_tensor(weights, dtype=torch.float32)
+        weights = means.new_ones(len(means)) if weights is None else torch.as_tensor(weights).to(means)
         groups = torch.arange(len(means)) if groups is None else torch.as_tensor(groups)
         if means.ndim != 2 or len(weights) != len(means) or len(groups) != len(means) or std < 0 or not weights.sum() > 0:
             raise UserError("GaussianMixture wants means (K, D), K weights and groups, and std >= 0")
         self.std, self.shape, self.label_dim = float(std), tuple(means.shape[1:]), int(groups.max()) + 1
         self.register_buffer("means", means)
-        self.register_buffer("weights", (weights / weights.sum()).to(means))
+        self.register_buffer("weights", weights / weights.sum())
         self.register_buffer("groups", groups.to(means.device))
         mean = self.weights @ means
         self.sigma_data = float((self.weights @ (means - mean).square().sum(1) / means.shape[1] + std**2).sqrt())
@@ -307,7 +312,7 @@ def _cifar10_rows(where):
             with tarfile.open(archive) as tar:      # members are read in memory: nothing is unpacked, no path can escape
                 parts = {Path(m.name).name: tar.extractfile(m).read() for m in tar if Path(m.name).name in names and m.isfile()}
         except (tarfile.TarError, EOFError, OSError, zlib.error) as e:
-            raise UserError(f"{archive} is no readable CIFAR-10 archive ({e}); delete it and get it again from {CIFAR10_URL}")
+            raise UserError(f"{archive} is no readable CIFAR-10 archive ({str(e).splitlines()[0]}); delete it and get it again from {CIFAR10_URL}")
         if len(parts) < 5:
             raise UserError(f"{archive} lacks {sorted(set(names) - set(parts))[0]}; it is not the binary version of CIFAR-10")
     for name, raw in parts.items():
@@ -336,6 +341,8 @@ def download(url, path, md5):
                 while chunk := reply.read(1 << 20):
                     f.write(chunk)
                     bar.update(len(chunk))
+        if part.stat().st_size < total:
+            raise OSError(f"it broke off after {part.stat().st_size:,} of {total:,} bytes")
     except (OSError, urllib.error.URLError) as e:
         if not (isinstance(e, urllib.error.HTTPError) and e.code == 416):       # 416: the part is already whole
             raise UserError(f"could not download {url} ({e}); get it by other means and put it at {path}, or run again to continue")
@@ -855,7 +862,7 @@ def energy_coefficient(x, y):
     Szekely and Rizzo's H = (2 E|X-Y| - E|X-X'| - E|Y-Y'|) / (2 E|X-Y|) of samples x (n, D), y (m, D): 0 for equal laws,
     towards 1 for distant ones, free of scale. Without self-pairs, hence unbiased and sometimes slightly below 0.
     """
-    total = lambda a, b: sum(torch.cdist(part, b).sum(dtype=torch.float64) for part in a.split(1000))
+    total = lambda a, b: sum(torch.cdist(part, b).sum(1).double().sum() for part in a.split(250))       # parts fit a CPU's cache
     n, m = len(x), len(y)
     cross = 2 * total(x, y) / (n * m)
     return float((cross - total(x, x) / (n * (n - 1)) - total(y, y) / (m * (m - 1))) / cross)
@@ -1043,6 +1050,8 @@ class Run:
                 aside = next(p for i in range(1, 10**6) if not (p := Path(f"{self.dir}~{i}")).exists())
                 self.dir.rename(aside)
                 print(f"the earlier run in {self.dir} is now {aside}")
+        for part in self.dir.glob("**/*.part"):              # what a kill in the middle of a write left behind
+            part.unlink()
         gpu = torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"
         now["about"] = dict(script=script, torch=torch.__version__, device=gpu)
         self.dir.mkdir(parents=True, exist_ok=True)

@@ -129,6 +129,8 @@ def train(cfg):
     """Distil as cfg says; returns the averaged student and its Run."""
     if cfg.fake == "exact" and cfg.data not in TOYS:
         raise UserError("--fake exact needs a toy: images have no closed form")
+    if min(cfg.bins, cfg.fake_updates) < 1 or min(cfg.gan_weight, cfg.disc_weight) < 0 or not 0 <= cfg.ratio_ema < 1:
+        raise UserError("--bins and --fake_updates must be at least 1, --gan_weight and --disc_weight at least 0, --ratio_ema in [0, 1)")
     run, data = Run(cfg, "fdistill"), load_data(cfg)
     teacher = load_teacher(cfg, data)
     G, fake = initial_student(cfg, teacher, data), initial_student(cfg, teacher, data)
@@ -194,7 +196,8 @@ def train(cfg):
         if cfg.fake == "learned":
             fake.requires_grad_(True), disc.requires_grad_(True)
 
-        run.log(f=loss_f, gan=loss_gan, fake=loss_fake, disc=loss_disc, ratio_std=r.std())
+        critic_losses = dict(fake=loss_fake, disc=loss_disc) if cfg.fake == "learned" else {}
+        run.log(f=loss_f, gan=loss_gan, **critic_losses, ratio_std=r.std(correction=0))
         if run.due():
             run.show({**panels, "student, 1 network call": sample(ema.model, len(z_show), label_show, z=z_show)})
     report(run, data, teacher, lambda n, label: sample(ema.model, n, label))
