@@ -674,7 +674,7 @@ def build(cfg, shape, label_dim, sigma_data):
     if kind == "mlp":
         net = MLP(shape[0], label_dim, **kw)
     elif kind == "small":           # under a million parameters: CIFAR-10 on a CPU
-        net = UNet(shape[1], shape[0], label_dim, **dict(dict(width=32, mult=(1, 2, 2), blocks=1, attention=(shape[1] // 4,)), **kw))
+        net = UNet(shape[1], shape[0], label_dim, **dict(dict(width=16, mult=(1, 2, 4), blocks=1, attention=(shape[1] // 4,)), **kw))
     else:
         net = (UNet.ddpmpp if kind == "ddpmpp" else UNet.adm)(shape[1], label_dim, channels=shape[0], **kw)
     return place(Denoiser(net, sigma_data, cfg.dtype), cfg)
@@ -682,9 +682,7 @@ def build(cfg, shape, label_dim, sigma_data):
 
 def place(denoiser, cfg):
     """Move a denoiser to --device, with the memory layout and compilation that --device and --compile ask for."""
-    device = pick_device(cfg)
-    images_on_gpu = device.type == "cuda" and len(denoiser.shape) == 3
-    denoiser.to(device, memory_format=torch.channels_last if images_on_gpu else torch.preserve_format)
+    denoiser.to(pick_device(cfg), memory_format=torch.channels_last if len(denoiser.shape) == 3 else torch.preserve_format)
     if cfg.compile:
         denoiser.compile()
     return denoiser
@@ -752,7 +750,7 @@ def fit_teacher(cfg, data):
     key = hashlib.sha256(json.dumps([same, content]).encode()).hexdigest()[:8]
     own = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(Shared)}
     own.update(steps=cfg.teacher_steps, seed=0, teacher="", resume=True, out=f"runs/teacher-{cfg.data}-{key}", fid="", sample="",
-               lr=2e-3 if toy else 1e-3, ema=0.99 if toy else 0.999, every=500, batch=512 if toy or cfg.net in ("ddpmpp", "adm") else 128)
+               lr=2e-3 if toy else 1e-3, ema=0.99 if toy else 0.999, every=500, batch=512 if toy or cfg.net in ("ddpmpp", "adm") else 64)
     own["micro"] = math.gcd(own["batch"], cfg.micro) if cfg.micro else own["batch"]
     fit = Shared(**own)
     if (Path(fit.out) / "metrics.json").exists():

@@ -1,0 +1,176 @@
+"""The scripts as a user runs them: every toy, kill and resume, Ctrl-C, full disk, NaN, folders of other runs, copying."""
+import ast
+import csv
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import QUICK, ROOT, main_in_process, run, start
+
+SCRIPTS = ["fdistill.py"]
+TOYS = ["ring", "grid", "unequal", "moons", "spiral", "checkerboard"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_toy(script, tmp_path):
+    """Each toy leaves the documented files and ends with the measured distance; a second process draws from the run."""
+    name = script[:-3]
+    runs = {toy: start(script, "--data", toy, *QUICK, *["--cond"] * (toy in ("moons", "unequal")), cwd=tmp_path) for toy in TOYS}
+    for toy, process in runs.items():
+        out, err = process.communicate(timeout=240)
+        folder = tmp_path / f"runs/{name}-{toy}-0"
+        assert process.returncode == 0, err
+        assert out.splitlines()[-1].startswith(f"{name} {toy} seed 0") and " H " in out.splitlines()[-1]
+        assert {p.name for p in folder.iterdir()} == {"config.json", "log.csv", "samples.png", "samples", "last.pt", "ema.pt", "metrics.json"}
+        assert [p.name for p in sorted((folder / "samples").iterdir())] == ["0000001.png", "0000002.png"]
+        metrics, config = (json.loads((folder / f).read_text()) for f in ("metrics.json", "config.json"))
+        assert metrics["n"] == 64 and abs(metrics["H"]) < 1 and metrics["step"] == 2 and config["data"] == toy
+        rows = list(csv.DictReader(open(folder / "log.csv")))
+        assert [row["step"] for row in rows] == ["1", "2"] and all(np.isfinite(float(v)) for row in rows for v in row.values())
+    code, out, err = run(script, "--sample", "runs/" + f"{name}-moons-0", "--samples", "10", cwd=tmp_path)
+    assert code == 0 and np.load(tmp_path / f"runs/{name}-moons-0/draw.npy").shape == (10, 2) and "draw.png" in out, err
+
+
+def wait_for(condition, process, seconds=120):
+    end = time.time() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.time() < end
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_kill_and_resume(script, tmp_path):
+    """kill -9 while training and while saving (a checkpoint every step), resumed each time: the same student to the bit."""
+    flags = ["--steps", "40", "--teacher_steps", "5", "--batch", "64", "--samples", "64", "--every", "1", "--width", "64"]
+    code, _, err = run(script, *flags, "--out", "straight", cwd=tmp_path)
+    assert code == 0, err
+    for pause in (0.0, 0.3):
+        process = start(script, *flags, "--out", "killed", "--resume", cwd=tmp_path)
+        marker = tmp_path / "killed/last.pt"
+        before = marker.stat().st_mtime if marker.exists() else 0
+        wait_for(lambda: marker.exists() and marker.stat().st_mtime > before, process)
+        time.sleep(pause)
+        process.kill()
+        process.communicate()
+        torch.load(marker, weights_only=True)                       # whole, whenever the kill came
+    code, _, err = run(script, *flags, "--out", "killed", "--resume", cwd=tmp_path)
+    assert code == 0, err
+    a, b = (torch.load(tmp_path / d / "ema.pt", weights_only=True)["model"] for d in ("straight", "killed"))
+    assert all(torch.equal(a[k], b[k]) for k in a) and not list((tmp_path / "killed").rglob("*.part"))
+    assert [r["step"] for r in csv.DictReader(open(tmp_path / "killed/log.csv"))] == [str(i) for i in range(1, 41)]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_ctrl_c(script, tmp_path):
+    """Ctrl-C saves the step it is in, says how to go on, exits with 130, and the run can be finished."""
+    flags = ["--steps", "2000", "--teacher_steps", "5", "--batch", "64", "--samples", "64", "--every", "50", "--width", "64", "--out", "run"]
+    process = start(script, *flags, cwd=tmp_path)
+    wait_for(lambda: (tmp_path / "run/last.pt").exists(), process)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "continue with --resume" in err and "Traceback" not in err
+    step = torch.load(tmp_path / "run/last.pt", weights_only=True)["step"]
+    assert f"saved at step {step}" in err
+    process = start(script, *flags, cwd=tmp_path)                   # without --resume nothing is lost either
+    wait_for((tmp_path / "run~1/last.pt").exists, process)
+    process.kill()
+    process.communicate()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_full_disk(script, tmp_path):
+    """When a checkpoint cannot be written the run ends with one sentence, and the checkpoint before it is whole."""
+    flags = [*QUICK, "--width", "64", "--out", "run"]
+    assert run(script, *flags, cwd=tmp_path)[0] == 0
+    before = torch.load(tmp_path / "run/last.pt", weights_only=True)["step"]
+    size = (tmp_path / "run/ema.pt").stat().st_size // 1024 - 8      # no file may grow beyond this
+    command = f"ulimit -f {size}; exec {sys.executable} {ROOT / script} {' '.join(flags)} --resume --every 1 --steps 2"
+    (tmp_path / "run/metrics.json").unlink()
+    assert run(script, *flags, "--resume", cwd=tmp_path)[0] == 0    # a finished run resumes to its metrics
+    (tmp_path / "run").rename(tmp_path / "kept")
+    p = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+    assert p.returncode == 2 and "could not write" in p.stderr and "Traceback" not in p.stderr, p.stderr
+    assert torch.load(tmp_path / "kept/last.pt", weights_only=True)["step"] == before == 2
+    assert not list((tmp_path / "run").rglob("*.part"))
+
+
+def test_nan_stops_the_run(tmp_path, monkeypatch):
+    """A loss that is no number ends the run with step and term named; the checkpoint before it stays."""
+    import fdistill
+    flags = [*QUICK, "--steps", "6", "--every", "2", "--out", "run"]
+    loss, calls = fdistill.gan_loss, [0]
+
+    def bad(logit):
+        calls[0] += 1
+        return loss(logit) * (float("nan") if calls[0] == 4 else 1)
+    monkeypatch.setattr(fdistill, "gan_loss", bad)
+    code, err = main_in_process(fdistill, *flags)
+    assert code == 2 and "gan became nan at step 3" in err.splitlines()[-1]
+    saved = torch.load("run/last.pt", weights_only=True)
+    assert saved["step"] == 2 and all(v.isfinite().all() for v in saved["state"]["G"].values())
+
+
+def test_folders_are_never_overwritten(tmp_path):
+    """Other settings or another folder: refused with the difference named. The same settings: the old run is set aside."""
+    import fdistill
+    flags = [*QUICK, "--out", "run"]
+    assert main_in_process(fdistill, *flags)[0] == 0
+    code, err = main_in_process(fdistill, *flags, "--lr", "0.5")
+    assert code == 2 and "--lr 0.002 there, 0.5 here" in err
+    code, err = main_in_process(fdistill, *flags, "--lr", "0.5", "--resume")
+    assert code == 2 and "--lr" in err
+    first = Path("run/last.pt").read_bytes()
+    assert main_in_process(fdistill, *flags)[0] == 0 and Path("run~1/last.pt").read_bytes() == first
+    Path("mine").mkdir()
+    Path("mine/thesis.txt").write_text("years of work")
+    code, err = main_in_process(fdistill, *QUICK, "--out", "mine")
+    assert code == 2 and "no run folder" in err and Path("mine/thesis.txt").exists()
+    Path("run/last.pt").write_bytes(first[:1000])
+    code, err = main_in_process(fdistill, *flags, "--resume")
+    assert code == 2 and "last.pt is damaged" in err
+
+
+def test_teachers_cannot_be_drawn_from(tmp_path):
+    import fdistill
+    assert main_in_process(fdistill, *QUICK, "--out", "run")[0] == 0
+    code, err = main_in_process(fdistill, "--sample", str(next(Path("runs").glob("teacher-*"))))
+    assert code == 2 and "not a one-step student" in err
+    code, err = main_in_process(fdistill, "--sample", "run", "--samples", "0")
+    assert code == 2 and "--samples" in err
+
+
+# ---- the house rules ----
+
+
+@pytest.mark.parametrize("script", ["common.py", *SCRIPTS])
+def test_imports(script):
+    """A script needs the standard library, five packages and common.py; none imports another script."""
+    tree = ast.parse((ROOT / script).read_text())
+    names = {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+    names |= {n.module.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    assert names - set(sys.stdlib_module_names) <= {"torch", "numpy", "matplotlib", "tqdm", "common"} - {script[:-3]}
+
+
+def test_import_does_no_work(tmp_path):
+    """Importing a script prints nothing, writes nothing and leaves the random generator alone."""
+    code = "import torch; a = torch.get_rng_state(); import fdistill; assert torch.equal(a, torch.get_rng_state())"
+    p = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(ROOT), "PATH": "", "PYTHONDONTWRITEBYTECODE": "1"},
+                       capture_output=True, text=True)
+    assert p.returncode == 0 and p.stdout == p.stderr == "" and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_copied_script_runs_alone(script, tmp_path):
+    """Script and common.py in an empty folder are all that is needed."""
+    for name in (script, "common.py"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    p = subprocess.run([sys.executable, script, *QUICK], cwd=tmp_path, capture_output=True, text=True)
+    assert p.returncode == 0, p.stderr
