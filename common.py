@@ -10,7 +10,7 @@ all denoisers and may stand in for one another. The score is (D(x_t, sigma) - x_
 Importing this file does no work: it prints nothing, picks no device, compiles and downloads nothing.
 """
 import argparse, copy, csv, dataclasses, difflib, gzip, hashlib, inspect, json, math, os, re, signal, sys, tarfile, time
-import urllib.error, urllib.request, zlib
+import urllib.error, urllib.request, warnings, zlib
 from collections import namedtuple
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,23 +73,20 @@ def parse(Config, PRESETS, argv=None):
     """
     notes = {}
     for cls in reversed(Config.__mro__[:-1]):
-        for name, note in re.findall(r"^    (\w+):[^#\n]*#\s*(.+)$", inspect.getsource(cls), re.M):
-            notes[name] = note
-    p = _Parser(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                description="Flags and their defaults for the chosen --data.")
+        notes.update(re.findall(r"^    (\w+):[^#\n]*#\s*(.+)$", inspect.getsource(cls), re.M))
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)         # only to learn --data, for its defaults
+    first.add_argument("--data", nargs="?", default=Config.data)
+    preset = PRESETS.get(first.parse_known_args(argv)[0].data, {})
+    p = _Parser(allow_abbrev=False, usage="%(prog)s [--flag value] ...", description=(sys.modules[Config.__module__].__doc__ or "").strip().split("\n")[0])
+    groups = [p.add_argument_group("flags of this method"), p.add_argument_group("flags that every script has")]
     for f in dataclasses.fields(Config):
-        note = notes.get(f.name, " ").replace("%", "%%")
-        choices = re.match(r"\w+(?: \| \w+)+", note)
-        kind = dict(action=argparse.BooleanOptionalAction) if f.type in (bool, "bool") else \
-            dict(type=type(f.default), metavar=f.name.upper())
-        if f.name == "data":
-            note, kind = f"one of: {', '.join(PRESETS)}", dict(type=str, metavar="DATA", choices=list(PRESETS))
-        elif choices:
-            kind["choices"] = choices[0].split(" | ") + [""] * (f.default == "")
-        p.add_argument(f"--{f.name}", default=f.default, help=note, **kind)
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--data", default=next(f.default for f in dataclasses.fields(Config) if f.name == "data"), nargs="?")
-    p.set_defaults(**PRESETS.get(first.parse_known_args(argv)[0].data, {}))
+        default, note = preset.get(f.name, f.default), notes.get(f.name, "")
+        values = list(PRESETS) if f.name == "data" else (re.match(r"\w+(?: \| \w+)+", note) or [""])[0].split(" | ")
+        note = f"{' | '.join(values)}: {note}" if f.name == "data" else note
+        kind = dict(action=argparse.BooleanOptionalAction) if isinstance(f.default, bool) else \
+            dict(type=type(f.default), metavar=type(f.default).__name__, choices=None if values == [""] else values)
+        groups[hasattr(Shared, f.name)].add_argument(
+            f"--{f.name}", default=default, help=(note + ("" if default == "" else f" [{default}]")).replace("%", "%%"), **kind)
     args, unknown = p.parse_known_args(argv)
     if unknown:
         flags = [f"--{f.name}" for f in dataclasses.fields(Config)]
@@ -105,32 +102,27 @@ def parse(Config, PRESETS, argv=None):
 
 def check(cfg):
     """Raise UserError for values and combinations that cannot work, whatever the script."""
-    for name in ("steps", "batch", "every", "samples", "teacher_steps"):
-        if getattr(cfg, name) < 1:
-            raise UserError(f"--{name} must be at least 1, not {getattr(cfg, name)}")
-    if cfg.micro < 0 or cfg.micro and cfg.batch % cfg.micro:
-        raise UserError(f"--micro {cfg.micro} does not divide --batch {cfg.batch}")
-    if cfg.samples < 2 and not cfg.sample:
-        raise UserError("--samples must be at least 2 to measure anything")
-    if not 0 < cfg.sigma_min < cfg.sigma_max < math.inf or not 0 < cfg.sigma_init < math.inf:
-        raise UserError(f"noise levels must fulfil 0 < sigma_min < sigma_max and 0 < sigma_init, "
-                        f"not {cfg.sigma_min}, {cfg.sigma_max}, {cfg.sigma_init}")
-    if not 0 <= cfg.ema < 1:
-        raise UserError(f"--ema is a decay in [0, 1), not {cfg.ema}")
-    if not cfg.lr > 0 or not math.isfinite(cfg.lr):
-        raise UserError(f"--lr must be a positive number, not {cfg.lr}")
-    if cfg.width and cfg.width % 4 or cfg.width < 0:
-        raise UserError(f"--width must be a positive multiple of 4, not {cfg.width}")
-    if cfg.data in TOYS and (cfg.net or "mlp") != "mlp" or cfg.data not in TOYS and cfg.net == "mlp":
-        raise UserError(f"--net {cfg.net} does not go with --data {cfg.data}: toys take mlp, images small, ddpmpp or adm")
-    if cfg.data not in TOYS and cfg.teacher == "exact":
-        raise UserError("--teacher exact needs a toy: images have no closed form; give a file, or nothing to fit one")
-    if cfg.data in TOYS and cfg.fid:
-        raise UserError("--fid is for images; a toy is measured by its energy coefficient without it")
-    if cfg.fid and not Path(cfg.fid).is_file():
-        raise UserError(f"--fid {cfg.fid}: no such file; README says where to get the Inception network")
-    if cfg.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch sees no CUDA GPU here; leave --device away to use the CPU")
+    toy = cfg.data in TOYS
+    for bad, sentence in (
+        (min(cfg.steps, cfg.batch, cfg.every, cfg.samples, cfg.teacher_steps) < 1,
+         "--steps, --batch, --every, --samples and --teacher_steps must be at least 1"),
+        (cfg.samples < 2 and not cfg.sample, "--samples must be at least 2 to measure anything"),
+        (cfg.micro < 0 or cfg.micro and cfg.batch % cfg.micro, f"--micro {cfg.micro} does not divide --batch {cfg.batch}"),
+        (not 0 < cfg.sigma_min < cfg.sigma_max < math.inf or not 0 < cfg.sigma_init < math.inf,
+         f"noise levels must fulfil 0 < sigma_min < sigma_max and 0 < sigma_init, not {cfg.sigma_min}, {cfg.sigma_max}, {cfg.sigma_init}"),
+        (not 0 <= cfg.ema < 1, f"--ema is a decay in [0, 1), not {cfg.ema}"),
+        (not 0 < cfg.lr < math.inf, f"--lr must be a positive number, not {cfg.lr}"),
+        (cfg.width < 0 or cfg.width % 4, f"--width must be a positive multiple of 4, not {cfg.width}"),
+        (toy and cfg.net not in ("", "mlp") or not toy and cfg.net == "mlp",
+         f"--net {cfg.net} does not go with --data {cfg.data}: toys take mlp, images small, ddpmpp or adm"),
+        (not toy and cfg.teacher == "exact", "--teacher exact needs a toy: images have no closed form; give a file, or nothing to fit one"),
+        (toy and cfg.fid, "--fid is for images; a toy is measured by its energy coefficient without it"),
+        (cfg.device == "cuda" and not torch.cuda.is_available(), "--device cuda: PyTorch sees no CUDA GPU here; leave --device away to use the CPU"),
+    ):
+        if bad:
+            raise UserError(sentence)
+    if cfg.fid and not cfg.sample:
+        load_inception(cfg.fid, "cpu")                      # better now than after hours of training
 
 
 def main(Config, PRESETS, train, sample):
@@ -139,17 +131,15 @@ def main(Config, PRESETS, train, sample):
     try:
         draw(cfg, sample) if cfg.sample else train(cfg)
     except UserError as e:
-        sys.exit(_fail(str(e)))
+        code, message = 2, str(e)
     except torch.OutOfMemoryError:
-        sys.exit(_fail(f"the GPU's memory is full: lower --micro (now {cfg.micro or cfg.batch}), gradients stay the same"))
+        code, message = 2, f"the GPU's memory is full: lower --micro (now {cfg.micro or cfg.batch}), gradients stay the same"
     except KeyboardInterrupt as e:
-        print(f"\nstopped{': ' + str(e) if str(e) else ''}", file=sys.stderr)
-        sys.exit(130)
-
-
-def _fail(message):
+        code, message = 130, f"stopped; {e}" if str(e) else "stopped"
+    else:
+        return
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    return 2
+    sys.exit(code)
 
 
 def pick_device(cfg):
@@ -734,7 +724,7 @@ def load_teacher(cfg, data=None):
 def initial_student(cfg, teacher, data):
     """A trainable copy of the teacher; of the fitted MLP where the teacher is the closed form. Starts at --sigma_init."""
     source = teacher if isinstance(teacher, Denoiser) else fit_teacher(cfg, data)
-    G = copy.deepcopy(source).train().requires_grad_(True)
+    G = place(copy.deepcopy(source).train().requires_grad_(True), cfg)
     G.sigma_init = cfg.sigma_init
     return G
 
@@ -855,6 +845,7 @@ _weighting_op.register_autograd(_use_gradient, setup_context=_save_gradient)
 # ---- 7. metrics ------------------------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
 def energy_coefficient(x, y):
     """
     Szekely and Rizzo's H = (2 E|X-Y| - E|X-X'| - E|Y-Y'|) / (2 E|X-Y|) of samples x (n, D), y (m, D): 0 for equal laws,
@@ -917,15 +908,26 @@ def fid_name(n):
     return f"fid{n // 1000}k" if n % 1000 == 0 else f"fid{n}"
 
 
+def load_inception(path, device):
+    """NVIDIA's TorchScript Inception network, net(images 0..255, return_features=True) -> (N, 2048); UserError for others."""
+    if not Path(path).is_file():
+        raise UserError(f"--fid {path}: no such file; README says where to get the Inception network")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)         # TorchScript is the format of this network
+            inception = torch.jit.load(path, map_location=device).eval()
+        inception(torch.zeros(1, 3, 32, 32, dtype=torch.uint8, device=device), return_features=True)
+    except (RuntimeError, ValueError, OSError) as e:
+        raise UserError(f"--fid {path} is not the Inception network ({str(e).strip().splitlines()[0]}); README says where to get it")
+    return inception
+
+
 def image_metrics(cfg, data, samplers):
     """
     FID of each {name: draw(n, label) -> images} over --samples images, as {"fid1k" + name: value}, with the reference
     named: the training images, all or the first --fid_ref, their statistics kept in runs/.
     """
-    try:
-        inception = torch.jit.load(cfg.fid, map_location=pick_device(cfg)).eval()
-    except (RuntimeError, ValueError, OSError) as e:
-        raise UserError(f"--fid {cfg.fid} is no TorchScript file ({str(e).splitlines()[0]}); README says where to get it")
+    inception = load_inception(cfg.fid, pick_device(cfg))
     reference = data.images[:cfg.fid_ref or len(data.images)]
     key = zlib.crc32(reference.cpu().numpy(), zlib.crc32(Path(cfg.fid).read_bytes()))
     cache = Path(f"runs/fidref-{cfg.data}-{len(reference)}-{key:08x}.pt")
@@ -953,7 +955,7 @@ def report(run, data, teacher, draw):
             z = lambda n: torch.randn(n, *data.shape, device=run.device)
             metrics = image_metrics(cfg, data, {
                 "": draw, "_teacher_18_steps": lambda n, y: heun_sample(teacher, z(n), y, 18, cfg.sigma_min, cfg.sigma_max),
-                "_teacher_1_step": lambda n, y: teacher(cfg.sigma_max * z(n), z(n)[:, 0, 0, 0] * 0 + cfg.sigma_max, y)})
+                "_teacher_1_step": lambda n, y: teacher(cfg.sigma_max * z(n), torch.full((n,), cfg.sigma_max, device=run.device), y)})
             line = ", ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{k}: {v}" for k, v in metrics.items())
         else:
             metrics, line = {}, "no FID was measured; --fid FILE does it"
@@ -966,13 +968,14 @@ def report(run, data, teacher, draw):
 # ---- 8. pictures -----------------------------------------------------------------------------------------------------
 
 
-def save_picture(path, panels):
-    """Panels {title: samples} side by side as a PNG: scatter plots of (n, 2) with common axes, or grids of (n, C, H, W)."""
+def save_picture(path, panels, reach=None):
+    """Panels {title: samples} side by side as a PNG: scatter plots of (n, 2) on axes -reach..reach, or grids of (n, C, H, W)."""
     from matplotlib.figure import Figure                    # no pyplot: no global state, nothing to close in a notebook
     figure = Figure(figsize=(3.2 * len(panels), 3.4), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    toy = next(iter(panels.values())).ndim == 2
-    reach = 1.25 * float(next(iter(panels.values())).abs().max()) if toy else 0             # the data's axes for all
+    figure.get_layout_engine().set(w_pad=0.06, h_pad=0.08)
+    first = next(iter(panels.values()))
+    toy, reach = first.ndim == 2, reach or 1.25 * float(first.abs().max())                  # the data's axes for all
     for ax, (title, x) in zip(axes, panels.items()):
         x = x.detach().float().cpu()
         if toy:
@@ -1031,11 +1034,12 @@ class Run:
     free = {"resume", "every", "samples", "sample", "fid", "fid_ref", "device", "micro", "compile", "data_dir", "out"}
 
     def __init__(self, cfg, script):
+        check(cfg)
         self.cfg, self.script, self.device = cfg, script, pick_device(cfg)
         self.dir = Path(cfg.out or f"runs/{script}-{cfg.data}-{cfg.seed}")
         self.step, self.rows, self.seconds, self.began = 0, [], 0.0, time.time()
         now = json.loads(json.dumps(dataclasses.asdict(cfg)))
-        if self.dir.exists() and (not self.dir.is_dir() or any(self.dir.iterdir())):
+        if self.dir.exists() and (not self.dir.is_dir() or any(p.name != "config.json" for p in self.dir.iterdir())):
             try:
                 old = json.loads((self.dir / "config.json").read_text())
             except (OSError, ValueError):

@@ -16,7 +16,8 @@ teacher's, so that one pass gives both; it and the fake score learn in one step.
 3. Ratio bins have equal counts over the sampled noise levels; the official ones are equal in sigma, and 64 % of the draws
 fall into the first.  4. Both normalisations see the whole batch, also with --micro.  5. The fake score's loss has EDM's
 weight, the official one none.  6. One EMA; the learning rate falls to 0 over the last half.  7. No R1 penalty (paper: 1 on
-CIFAR-10, released configs: 0).
+CIFAR-10, released configs: 0), no weight decay, no gradient clipping. 8. Data and student share label and noise level in the
+discriminator's loss.
 
     python fdistill.py                                  # ring of 8 Gaussians: about 40 s on 2 CPU cores, H about 0.0001
     python fdistill.py --data cifar10 --net small --fid data/inception-2015-12-05.pt        # CIFAR-10, see README
@@ -94,10 +95,10 @@ def gan_loss(logit_fake):
     return F.softplus(-logit_fake)
 
 
-def make_discriminator(shape, width=64):
+def make_discriminator(shape):
     """Head that turns the fake score's features, (C,) or (C, R, R), into a logit (B, 1)."""
     if len(shape) == 1:
-        return nn.Sequential(nn.Linear(shape[0], width), nn.SiLU(), nn.Linear(width, 1))
+        return nn.Linear(shape[0], 1)
     c, size, _ = shape
     norm = lambda: nn.GroupNorm(min(32, c // 4), c)
     half = [m for _ in range((size // 4).bit_length() - 1) for m in (nn.Conv2d(c, c, 4, 2, 1), norm(), nn.SiLU())]

@@ -12,6 +12,12 @@ sys.path.insert(0, str(ROOT))
 QUICK = ["--steps", "2", "--teacher_steps", "2", "--batch", "16", "--samples", "64", "--every", "1"]
 
 
+def pytest_configure(config):
+    """Warnings are errors, but for PyTorch's own announcement about TorchScript, the format of the FID network."""
+    config.addinivalue_line("filterwarnings", "error")
+    config.addinivalue_line("filterwarnings", "ignore:.*torch.jit:DeprecationWarning")
+
+
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch, tmp_path):
     """Every test starts from seed 0 in a folder of its own."""

@@ -49,4 +49,4 @@ if __name__ == "__main__":
         std = (a @ a.T).diagonal().sqrt()
         print(f"{name}: mean {m.tolist()}, std {std.tolist()}")
         panels[f"affine student, {title}"] = m + torch.randn(4000, 2) @ a.T
-    save_picture(sys.argv[1] if len(sys.argv) > 1 else "mode_seeking.png", panels)
+    save_picture(sys.argv[1] if len(sys.argv) > 1 else "mode_seeking.png", panels, reach=2.5)

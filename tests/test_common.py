@@ -353,11 +353,11 @@ def test_default_preset_flag(monkeypatch):
 
 @pytest.mark.parametrize("flags, words", {
     ("--divergance", "js"): "did you mean --divergence?", ("--divergence", "kl"): "rkl", ("--data", "mnist"): "ring",
-    ("--steps", "0"): "--steps must be at least 1", ("--steps", "many"): "steps", ("--micro", "100"): "does not divide",
+    ("--steps", "0"): "must be at least 1", ("--steps", "many"): "steps", ("--micro", "100"): "does not divide",
     ("--ema", "1"): "decay", ("--lr", "-1"): "positive", ("--lr", "nan"): "positive", ("--net", "small"): "toys take mlp",
     ("--data", "cifar10", "--teacher", "exact"): "needs a toy", ("--data", "cifar10", "--net", "mlp"): "images small",
     ("--fid", "x"): "for images", ("--data", "cifar10", "--fid", "nowhere.pt"): "no such file", ("--st", "3"): "unknown argument",
-    ("--width", "6"): "multiple of 4", ("--teacher", "nowhere.pt"): "no such file", ("--sample", "nowhere"): "no such file",
+    ("--data", "cifar10", "--fid", __file__): "is not the Inception network", ("--width", "6"): "multiple of 4", ("--teacher", "nowhere.pt"): "no such file", ("--sample", "nowhere"): "no such file",
     ("--data", "cifar10", "--fake", "exact"): "needs a toy", ("--sigma_min", "0"): "sigma", ("--sigma_max", "0.01"): "sigma",
     ("--bins", "0"): "bins", ("--fake_updates", "-1"): "fake_updates", ("--steps",): "expected one argument", ("--samples", "1"): "samples",
 }.items())
@@ -373,10 +373,11 @@ def test_help(capsys, monkeypatch):
     with pytest.raises(SystemExit) as e:
         parse(fdistill.Config, {**fdistill.PRESETS, "grid": dict(steps=77)}, ["--data", "grid", "-h"])
     out = capsys.readouterr().out
-    assert e.value.code == 0 and "default: 77" in " ".join(out.split()) and max(map(len, out.splitlines())) <= 80
+    assert e.value.code == 0 and "student updates [77]" in " ".join(out.split()) and max(map(len, out.splitlines())) <= 80
     for f in dataclasses.fields(fdistill.Config):
         assert f"--{f.name}" in out
-    assert out.count("(default:") >= len(dataclasses.fields(fdistill.Config))
+    empty = sum(f.default == "" for f in dataclasses.fields(fdistill.Config))
+    assert out.count("]\n") >= len(dataclasses.fields(fdistill.Config)) - empty
 
 
 # ---- run folder ----

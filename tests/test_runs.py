@@ -18,6 +18,10 @@ SCRIPTS = ["fdistill.py"]
 TOYS = ["ring", "grid", "unequal", "moons", "spiral", "checkerboard"]
 
 
+def log_rows(folder):
+    return list(csv.DictReader((folder / "log.csv").read_text().splitlines()))
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_toy(script, tmp_path):
     """Each toy leaves the documented files and ends with the measured distance; a second process draws from the run."""
@@ -32,7 +36,7 @@ def test_every_toy(script, tmp_path):
         assert [p.name for p in sorted((folder / "samples").iterdir())] == ["0000001.png", "0000002.png"]
         metrics, config = (json.loads((folder / f).read_text()) for f in ("metrics.json", "config.json"))
         assert metrics["n"] == 64 and abs(metrics["H"]) < 1 and metrics["step"] == 2 and config["data"] == toy
-        rows = list(csv.DictReader(open(folder / "log.csv")))
+        rows = log_rows(folder)
         assert [row["step"] for row in rows] == ["1", "2"] and all(np.isfinite(float(v)) for row in rows for v in row.values())
     code, out, err = run(script, "--sample", "runs/" + f"{name}-moons-0", "--samples", "10", cwd=tmp_path)
     assert code == 0 and np.load(tmp_path / f"runs/{name}-moons-0/draw.npy").shape == (10, 2) and "draw.png" in out, err
@@ -65,7 +69,7 @@ def test_kill_and_resume(script, tmp_path):
     assert code == 0, err
     a, b = (torch.load(tmp_path / d / "ema.pt", weights_only=True)["model"] for d in ("straight", "killed"))
     assert all(torch.equal(a[k], b[k]) for k in a) and not list((tmp_path / "killed").rglob("*.part"))
-    assert [r["step"] for r in csv.DictReader(open(tmp_path / "killed/log.csv"))] == [str(i) for i in range(1, 41)]
+    assert [r["step"] for r in log_rows(tmp_path / "killed")] == [str(i) for i in range(1, 41)]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -122,6 +126,7 @@ def test_folders_are_never_overwritten(tmp_path):
     """Other settings or another folder: refused with the difference named. The same settings: the old run is set aside."""
     import fdistill
     flags = [*QUICK, "--out", "run"]
+    assert main_in_process(fdistill, *flags, "--teacher", "typo.pt")[0] == 2        # a false start leaves nothing to protect
     assert main_in_process(fdistill, *flags)[0] == 0
     code, err = main_in_process(fdistill, *flags, "--lr", "0.5")
     assert code == 2 and "--lr 0.002 there, 0.5 here" in err
