@@ -9,8 +9,8 @@ x_t = x + sigma * eps, sigma (B,), label one-hot (B, K) or None. A network, a cl
 all denoisers and may stand in for one another. The score is (D(x_t, sigma) - x_t) / sigma^2.
 Importing this file does no work: it prints nothing, picks no device, compiles and downloads nothing.
 """
-import argparse, copy, csv, dataclasses, difflib, gzip, hashlib, inspect, json, math, os, re, signal, sys, tarfile, time
-import urllib.error, urllib.request, warnings, zlib
+import argparse, copy, csv, dataclasses, difflib, hashlib, inspect, json, math, os, re, signal, sys, tarfile, time
+import urllib.error, urllib.request, warnings, weakref, zlib
 from collections import namedtuple
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +36,7 @@ class Shared:
     net: str = ""               # mlp | small | ddpmpp | adm: network; by default what the data calls for
     width: int = 0              # channels of the network's first level; 0: what --net calls for
     cond: bool = False          # class-conditional: every network sees the label
-    teacher: str = ""           # a saved ema.pt, 'exact' (toys: closed form), or nothing: fit one first and keep it in runs/
+    teacher: str = ""           # a saved ema.pt (its network, whatever --net says), 'exact' (toys), or nothing: fit one in runs/
     teacher_steps: int = 2000   # updates of that first fit
     out: str = ""               # run folder; by default runs/<script>-<data>-<seed>
     steps: int = 1000           # student updates
@@ -110,6 +110,7 @@ def check(cfg):
         (cfg.micro < 0 or cfg.micro and cfg.batch % cfg.micro, f"--micro {cfg.micro} does not divide --batch {cfg.batch}"),
         (not 0 < cfg.sigma_min < cfg.sigma_max < math.inf or not 0 < cfg.sigma_init < math.inf,
          f"noise levels must fulfil 0 < sigma_min < sigma_max and 0 < sigma_init, not {cfg.sigma_min}, {cfg.sigma_max}, {cfg.sigma_init}"),
+        (not 0 <= cfg.seed < 2**63, f"--seed must lie in 0 .. 2^63 - 1, not {cfg.seed}"),
         (not 0 <= cfg.ema < 1, f"--ema is a decay in [0, 1), not {cfg.ema}"),
         (not 0 < cfg.lr < math.inf, f"--lr must be a positive number, not {cfg.lr}"),
         (cfg.width < 0 or cfg.width % 4, f"--width must be a positive multiple of 4, not {cfg.width}"),
@@ -130,7 +131,7 @@ def main(Config, PRESETS, train, sample):
     cfg = parse(Config, PRESETS)
     try:
         draw(cfg, sample) if cfg.sample else train(cfg)
-    except UserError as e:
+    except (UserError, OSError) as e:                       # OSError: a full disk, a folder that may not be written
         code, message = 2, str(e)
     except torch.OutOfMemoryError:
         code, message = 2, f"the GPU's memory is full: lower --micro (now {cfg.micro or cfg.batch}), gradients stay the same"
@@ -198,50 +199,35 @@ class GaussianMixture(nn.Module):
         """log density (B,) of x (B, D) under the mixture blurred by noise of std sigma (B,)."""
         return self._log_joint(x, sigma, label).logsumexp(1)
 
-    def denoise(self, x, sigma, label=None):
-        """E[clean | x = clean + sigma eps], (B, D): posterior-weighted means, each shrunk towards x."""
-        mean = self._log_joint(x, sigma, label).softmax(1) @ self.means.to(x)                                    # (B, D)
-        keep = (self.std**2 / (self.std**2 + sigma.to(x) ** 2))[:, None]
-        return mean + keep * (x - mean)
-
-    forward = denoise
-
     def score(self, x, sigma, label=None):
-        """Gradient of log_prob in x, by Tweedie's formula (D - x) / sigma^2, written so that sigma = 0 works too."""
-        mean = self._log_joint(x, sigma, label).softmax(1) @ self.means.to(x)
+        """Gradient (B, D) of log_prob in x: towards the posterior-weighted means. sigma = 0 works too."""
+        mean = self._log_joint(x, sigma, label).softmax(1) @ self.means.to(x)                                    # (B, D)
         return (mean - x) / (self.std**2 + sigma.to(x) ** 2)[:, None]
 
+    def forward(self, x, sigma, label=None):
+        """E[clean | x = clean + sigma eps], (B, D), by Tweedie's formula."""
+        return x + sigma.to(x)[:, None] ** 2 * self.score(x, sigma, label)
 
-def _circle(n, turn=0.0):
-    angle = (torch.arange(n) + turn) * 2 * math.pi / n
-    return torch.stack([angle.cos(), angle.sin()], 1)
-
-
-def _moons(n=16):
-    a = torch.linspace(0, math.pi, n)
-    return torch.cat([torch.stack([a.cos() - 0.5, a.sin() - 0.25], 1), torch.stack([0.5 - a.cos(), 0.25 - a.sin()], 1)])
+    denoise = forward
 
 
-def _spiral(n=48):
-    a = torch.linspace(1, 3.5, n) * math.pi
-    return torch.stack([a.cos(), a.sin()], 1) * a[:, None] / a.max() * 1.2
+def _toys():
+    ring = torch.view_as_real(torch.polar(torch.ones(8), torch.arange(8) * math.pi / 4))
+    line, arc, turn = torch.linspace(-1.2, 1.2, 5), torch.linspace(0, math.pi, 16), torch.linspace(1, 3.5, 48) * math.pi
+    moon = torch.stack([arc.cos() - 0.5, arc.sin() - 0.25], 1)
+    spiral = torch.view_as_real(torch.polar(1.2 * turn / turn.max(), turn))
+    cell = torch.arange(16) // 4
+    black = (cell[:, None] + cell) % 2 == 0                                          # on a 16 x 16 grid, 4 x 4 to a square
+    return dict(
+        ring=GaussianMixture(ring, 0.1),
+        grid=GaussianMixture(torch.cartesian_prod(line, line), 0.05),
+        unequal=GaussianMixture(ring, 0.1, weights=[8, 1, 4, 1, 2, 1, 4, 1]),
+        moons=GaussianMixture(torch.cat([moon, -moon]), 0.08, groups=torch.arange(32) // 16),
+        spiral=GaussianMixture(spiral, 0.04, groups=torch.arange(48) // 12),
+        checkerboard=GaussianMixture(black.nonzero() / 8 - 0.9375, 0.05, groups=(cell[:, None] * 4 + cell)[black] // 2))
 
 
-def _checkerboard(n=4):
-    cell = [(i, j) for i in range(4) for j in range(4) if (i + j) % 2 == 0]
-    inner = [((k + 0.5) / n, (l + 0.5) / n) for k in range(n) for l in range(n)]
-    return torch.tensor([[(i + u) / 2 - 1, (j + v) / 2 - 1] for i, j in cell for u, v in inner])
-
-
-_line = torch.linspace(-1.2, 1.2, 5)
-TOYS = {
-    "ring": GaussianMixture(_circle(8), 0.1),
-    "grid": GaussianMixture(torch.cartesian_prod(_line, _line), 0.05),
-    "unequal": GaussianMixture(_circle(8), 0.1, weights=[8, 1, 4, 1, 2, 1, 4, 1]),
-    "moons": GaussianMixture(_moons(), 0.08, groups=torch.arange(32) // 16),
-    "spiral": GaussianMixture(_spiral(), 0.04, groups=torch.arange(48) // 12),
-    "checkerboard": GaussianMixture(_checkerboard(), 0.05, groups=torch.arange(128) // 16),
-}
+TOYS = _toys()
 
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
@@ -287,28 +273,24 @@ def _cifar10_rows(where):
     """Training rows (N, 3073) uint8 of the official binary version, read from its folder or its archive, or downloaded."""
     names = [f"data_batch_{i}.bin" for i in range(1, 6)]
     folder = next((f for f in (where, where / "cifar-10-batches-bin") if (f / names[0]).exists()), None)
-    archive = where if where.is_file() else where / "cifar-10-binary.tar.gz"
-    if folder is not None:
-        missing = [n for n in names if not (folder / n).is_file()]
-        if missing:
-            raise UserError(f"{folder} lacks {missing[0]}; unpack the whole archive cifar-10-binary.tar.gz there")
-        parts = {n: (folder / n).read_bytes() for n in names}
-    else:
-        if not archive.exists():
-            download(CIFAR10_URL, archive, CIFAR10_MD5)
-        elif archive.name == "cifar-10-binary.tar.gz" and _md5(archive) != CIFAR10_MD5:
-            raise UserError(f"{archive} has the wrong MD5 sum (damaged or cut off); delete it and get it again from {CIFAR10_URL}")
-        try:
-            with tarfile.open(archive) as tar:      # members are read in memory: nothing is unpacked, no path can escape
+    source = folder or (where if where.is_file() else where / "cifar-10-binary.tar.gz")
+    again = f"delete it and get it again from {CIFAR10_URL}"
+    if not source.exists():
+        download(CIFAR10_URL, source, CIFAR10_MD5)
+    elif source.name == "cifar-10-binary.tar.gz" and _md5(source) != CIFAR10_MD5:
+        raise UserError(f"{source} has the wrong MD5 sum (damaged or cut off); {again}")
+    try:
+        if folder:
+            parts = {n: (folder / n).read_bytes() for n in names if (folder / n).is_file()}
+        else:
+            with tarfile.open(source) as tar:       # members are read in memory: nothing is unpacked, no path can escape
                 parts = {Path(m.name).name: tar.extractfile(m).read() for m in tar if Path(m.name).name in names and m.isfile()}
-        except (tarfile.TarError, EOFError, OSError, zlib.error) as e:
-            raise UserError(f"{archive} is no readable CIFAR-10 archive ({str(e).splitlines()[0]}); delete it and get it again from {CIFAR10_URL}")
-        if len(parts) < 5:
-            raise UserError(f"{archive} lacks {sorted(set(names) - set(parts))[0]}; it is not the binary version of CIFAR-10")
-    for name, raw in parts.items():
-        rows = np.frombuffer(raw, np.uint8)
-        if not len(raw) or len(raw) % 3073 or rows.reshape(-1, 3073)[:, 0].max() > 9:
-            raise UserError(f"{name} in {folder or archive} is damaged: {len(raw)} bytes are not rows of a label 0..9 and 3x32x32 bytes")
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as e:
+        raise UserError(f"{source} is no readable CIFAR-10 archive ({str(e).splitlines()[0]}); {again}")
+    for name in names:
+        rows = np.frombuffer(parts.get(name, b""), np.uint8)
+        if not rows.size or rows.size % 3073 or rows[::3073].max() > 9:
+            raise UserError(f"{source} lacks {name}, or it is damaged: {rows.size:,} bytes are not rows of a label 0..9 and 3x32x32 bytes")
     return np.concatenate([np.frombuffer(parts[n], np.uint8).reshape(-1, 3073) for n in names])
 
 
@@ -366,15 +348,9 @@ def lognormal_sigma(n, mean=-1.2, std=1.2, device=None):
     return (mean + std * torch.randn(n, device=device)).exp()
 
 
-def edm_weight(sigma, sigma_data):
-    """Weight of the denoising loss (B,) that makes every level's loss about one at the start (EDM, Table 1)."""
-    return 1 / sigma**2 + 1 / sigma_data**2
-
-
-def denoising_loss(denoiser, x, sigma, label=None, sigma_data=0.5):
-    """Per-sample loss (B,) of a denoiser on clean x (B, ...) at levels sigma (B,): EDM's weighted squared error (EDM, Eq. 2)."""
-    d = denoiser(x + bcast(sigma, x) * torch.randn_like(x), sigma, label)
-    return edm_weight(sigma, sigma_data) * (d - x).square().flatten(1).mean(1)
+def denoising_loss(d, target, sigma, sigma_data):
+    """EDM's weighted squared error (B,) of denoised estimates d (B, ...); the weight makes it about one at every level (Table 1)."""
+    return (1 / sigma**2 + 1 / sigma_data**2) * (d - target).square().flatten(1).mean(1)
 
 
 # ---- 4. networks -----------------------------------------------------------------------------------------------------
@@ -447,7 +423,8 @@ class Block(nn.Module):
         eps = 1e-5 if adm else 1e-6
         self.adm, self.dropout, self.resample = adm, dropout, resample
         self.scale = 1 if adm else 0.5**0.5                         # DDPM++ keeps the variance of the sum at one
-        self.heads = (max(c_out // 64, 1) if adm else 1) if attention else 0
+        most = c_out // 64 if adm else 1                            # ADM: 64 channels a head, or the next that fits
+        self.heads = next(h for h in range(max(most, 1), 0, -1) if c_out % h == 0) if attention else 0
         self.norm0, self.conv0 = _norm(c_in, eps), nn.Conv2d(c_in, c_out, 3, padding=1)
         self.affine = nn.Linear(c_emb, c_out * (2 if adm else 1))
         self.norm1, self.conv1 = _norm(c_out, eps), nn.Conv2d(c_out, c_out, 3, padding=1)
@@ -636,7 +613,7 @@ def heun_sample(denoiser, z, label=None, steps=18, sigma_min=0.002, sigma_max=80
     EDM's second-order sampler (EDM, Algorithm 2): unit noise z (B, ...) to samples of z's shape and dtype by
     2 * steps - 1 network calls. churn > 0 adds fresh noise between s_min and s_max; the state is kept in float64.
     """
-    call = lambda x, s: denoiser(x.to(z.dtype), s.to(z.dtype).expand(len(z)), label).double()
+    call = lambda x, s: denoiser(x.to(z.dtype), s.to(z.dtype).repeat(len(z)), label).double()
     sigmas = karras_sigmas(steps, sigma_min, sigma_max, rho, z.device)
     x = z.double() * sigmas[0]
     for s, s_next in zip(sigmas[:-1], sigmas[1:]):
@@ -735,14 +712,13 @@ def fit_teacher(cfg, data):
     denoising loss. A later call with the same settings and data loads it; an interrupted fit goes on where it stopped.
     """
     toy = cfg.data in TOYS
-    same = {k: getattr(cfg, k) for k in ("data", "net", "width", "cond", "teacher_steps", "sigma_min", "sigma_max")}
+    same = dict(data=cfg.data, net=cfg.net, width=cfg.width, cond=cfg.cond, dtype=cfg.dtype, steps=cfg.teacher_steps)
+    same |= dict(lr=2e-3, sigma_min=cfg.sigma_min, sigma_max=cfg.sigma_max) if toy else \
+        dict(lr=1e-3, ema=0.999, batch=512 if cfg.net in ("ddpmpp", "adm") else 64)
     content = 0 if toy else zlib.crc32(data.images.cpu().numpy())
     key = hashlib.sha256(json.dumps([same, content]).encode()).hexdigest()[:8]
-    own = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(Shared)}
-    own.update(steps=cfg.teacher_steps, seed=0, teacher="", resume=True, out=f"runs/teacher-{cfg.data}-{key}", fid="", sample="",
-               lr=2e-3 if toy else 1e-3, ema=0.99 if toy else 0.999, every=500, batch=512 if toy or cfg.net in ("ddpmpp", "adm") else 64)
-    own["micro"] = math.gcd(own["batch"], cfg.micro) if cfg.micro else own["batch"]
-    fit = Shared(**own)
+    fit = Shared(**same, out=f"runs/teacher-{cfg.data}-{key}", resume=True, device=cfg.device, compile=cfg.compile)
+    fit.micro = math.gcd(fit.batch, cfg.micro) or fit.batch
     if (Path(fit.out) / "metrics.json").exists():
         return load_denoiser(fit.out, cfg)
     with torch.random.fork_rng([pick_device(cfg)] if pick_device(cfg).type == "cuda" else []):    # the caller's draws stay the same
@@ -753,13 +729,11 @@ def fit_teacher(cfg, data):
             set_lr(opt, fit.lr * lr_factor(run.progress, warmup=0.05, decay=0.7))
             for _ in range(fit.batch // fit.micro):
                 x, label = data.sample(fit.micro)
-                if toy:
-                    sigma = karras(torch.rand(fit.micro, device=x.device), fit.sigma_min, fit.sigma_max)
-                    x_t = x + bcast(sigma, x) * torch.randn_like(x)
-                    error = (net(x_t, sigma, label) - data.denoise(x_t, sigma, label)).square().mean(1)
-                    loss = (edm_weight(sigma, data.sigma_data) * error).mean()
-                else:
-                    loss = denoising_loss(net, x, lognormal_sigma(len(x), device=x.device), label, data.sigma_data).mean()
+                sigma = karras(torch.rand(len(x), device=x.device), fit.sigma_min, fit.sigma_max) if toy else \
+                    lognormal_sigma(len(x), device=x.device)
+                x_t = x + bcast(sigma, x) * torch.randn_like(x)
+                target = data.denoise(x_t, sigma, label) if toy else x          # a toy knows the best answer, images only x
+                loss = denoising_loss(net(x_t, sigma, label), target, sigma, data.sigma_data).mean()
                 (loss * fit.micro / fit.batch).backward()
             opt.step()
             opt.zero_grad()
@@ -819,8 +793,9 @@ def weighting_reference(x, d_real, d_fake, log_ratio, divergence):
     h = F_DIVERGENCES[divergence].h(log_ratio.float().clamp(-LOG_RATIO_MAX, LOG_RATIO_MAX).exp())            # (B,)
     n = (x.float() - d_real.float()).abs().flatten(1).mean(1)                                                # (B,)
     g = bcast(h / n, x) * (d_fake.float() - d_real.float())
-    g = torch.where(g.isfinite(), g, 0.0)                       # the one place where non-finite values are dropped
-    return torch.empty_like(x).copy_(g), g.square().flatten(1).mean(1) / 2
+    g = g.to(x.dtype)
+    g = torch.where(g.isfinite(), g, torch.zeros_like(g))       # the one place where non-finite values are dropped
+    return torch.empty_like(x).copy_(g), g.float().square().flatten(1).mean(1) / 2
 
 
 @_weighting_op.register_fake
@@ -861,21 +836,22 @@ def energy_coefficient(x, y):
 def toy_metrics(x, mixture, n_density=4000):
     """
     How close samples x (n, 2) are to a GaussianMixture: H against n fresh samples; the share within 3 std of a mode
-    (data: 0.989); the smallest and largest mode weight relative to the true one, each sample counted at its nearest
+    beside that share of the data; the smallest and largest mode weight relative to the true one, each sample counted at its nearest
     mode; and the divergences rkl, fkl, js between the two densities blurred by std, from n_density held-out samples.
     """
-    y = GaussianMixture.sample(mixture, len(x))[0]
-    near, k = torch.cdist(x, mixture.means).min(1)
-    true_k = torch.cdist(y, mixture.means).argmin(1)
+    y = mixture.sample(len(x))[0]
+    (near, k), (true_near, true_k) = torch.cdist(x, mixture.means).min(1), torch.cdist(y, mixture.means).min(1)
     share = torch.bincount(k, minlength=len(mixture.means)) / torch.bincount(true_k, minlength=len(mixture.means)).clamp(min=1)
     out = dict(H=energy_coefficient(x, y), in_3std=(near < 3 * mixture.std).float().mean().item(),
+               in_3std_data=(true_near < 3 * mixture.std).float().mean().item(),
                mode_min=share.min().item(), mode_max=share.max().item())
     n = min(n_density, len(x) // 2)
     q, sigma = GaussianMixture(x[n:2 * n]), x.new_full((n,), mixture.std)
     at_q, at_p = x[:n] + mixture.std * torch.randn_like(x[:n]), y[:n] + mixture.std * torch.randn_like(y[:n])
     log_r = lambda a: mixture.log_prob(a, sigma) - q.log_prob(a, sigma)
-    r = log_r(at_q).clamp(-50, 50).exp()
-    out.update(rkl=-log_r(at_q).mean().item(), fkl=log_r(at_p).mean().item(), js=F_DIVERGENCES["js"].f(r).mean().item())
+    at_q, at_p = log_r(at_q), log_r(at_p)
+    js = 2 * math.log(2) - F.softplus(-at_p).mean() - F.softplus(at_q).mean()           # E_p log 2p/(p+q) + E_q log 2q/(p+q)
+    out.update(rkl=-at_q.mean().item(), fkl=at_p.mean().item(), js=js.item())
     return out
 
 
@@ -948,8 +924,8 @@ def report(run, data, teacher, draw):
     with torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):
         torch.manual_seed(cfg.seed)
         if cfg.data in TOYS:
-            metrics = dict(toy_metrics(in_batches(draw, cfg.samples, data.draw_label(cfg.samples), 5000), data), n=cfg.samples)
-            line = "H {H:.5f} ({n:,} samples; 0 is perfect), {in_3std:.1%} within 3 std of a mode (data 98.9%), " \
+            metrics = dict(toy_metrics(draw(cfg.samples, data.draw_label(cfg.samples)), data), n=cfg.samples)
+            line = "H {H:.5f} ({n:,} samples; 0 is perfect), {in_3std:.1%} within 3 std of a mode (data {in_3std_data:.1%}), " \
                    "mode weights {mode_min:.2f} to {mode_max:.2f} of the true ones".format(**metrics)
         elif cfg.fid:
             z = lambda n: torch.randn(n, *data.shape, device=run.device)
@@ -1039,26 +1015,43 @@ class Run:
         self.dir = Path(cfg.out or f"runs/{script}-{cfg.data}-{cfg.seed}")
         self.step, self.rows, self.seconds, self.began = 0, [], 0.0, time.time()
         now = json.loads(json.dumps(dataclasses.asdict(cfg)))
-        if self.dir.exists() and (not self.dir.is_dir() or any(p.name != "config.json" for p in self.dir.iterdir())):
+        self._claim()
+        names = {p.name for p in self.dir.iterdir() if p.suffix != ".part"}
+        if "config.json" in names and names <= {"config.json", "log.csv", "samples", "samples.png"}:
+            (self.dir / "log.csv").unlink(missing_ok=True)          # a false start: nothing in it to protect
+        elif names:
             try:
-                old = json.loads((self.dir / "config.json").read_text())
-            except (OSError, ValueError):
+                old = dict(json.loads((self.dir / "config.json").read_text()))
+            except (OSError, ValueError, TypeError):
                 raise UserError(f"{self.dir} exists and is no run folder; choose another --out")
-            other = [f"--{k} {old[k]!r} there, {now[k]!r} here" if k in old and k in now else f"--{k} only in one"
-                     for k in {**old, **now} if k not in self.free | {"about"} and old.get(k) != now.get(k)]
+            other = [f"--{k} {old.get(k)!r} there, {now.get(k)!r} here" for k in {**old, **now}
+                     if k not in self.free | {"about"} and old.get(k) != now.get(k)]
             if other:
                 raise UserError(f"{self.dir} holds a run with other settings ({'; '.join(other[:3])}); choose another --out")
             if not cfg.resume:
                 aside = next(p for i in range(1, 10**6) if not (p := Path(f"{self.dir}~{i}")).exists())
                 self.dir.rename(aside)
+                self._claim()
                 print(f"the earlier run in {self.dir} is now {aside}")
         for part in self.dir.glob("**/*.part"):              # what a kill in the middle of a write left behind
             part.unlink()
         gpu = torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"
         now["about"] = dict(script=script, torch=torch.__version__, device=gpu)
-        self.dir.mkdir(parents=True, exist_ok=True)
         write_atomically(self.dir / "config.json", lambda f: f.write(json.dumps(now, indent=1).encode()))
         torch.manual_seed(cfg.seed)
+
+    def _claim(self):
+        """Lock the folder while this process works in it: a second run is refused, a second fit of a teacher waits."""
+        import fcntl                                        # not on Windows, nor is `resource` in finish()
+        if self.dir.is_file():
+            raise UserError(f"{self.dir} exists and is no run folder; choose another --out")
+        self.dir.mkdir(parents=True, exist_ok=True)
+        folder = os.open(self.dir, os.O_RDONLY)
+        self.release = weakref.finalize(self, os.close, folder)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | (0 if self.script == "teacher" else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise UserError(f"another process is working in {self.dir}; wait for it, or choose another --out")
 
     @property
     def progress(self):
@@ -1082,6 +1075,8 @@ class Run:
             before = signal.signal(signal.SIGINT, on_interrupt)
         except ValueError:                                  # not the main thread: leave signals alone
             before = None
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)         # a teacher fitted before does not count
         self.began, bar = time.time() - self.seconds, tqdm(total=self.cfg.steps, initial=self.step, desc=self.script)
         try:
             while self.step < self.cfg.steps:
@@ -1115,11 +1110,9 @@ class Run:
             return
         names = list(self.rows[0][1])
         table = torch.stack([torch.stack([row[k].float().to(self.device) for k in names]) for _, row in self.rows]).cpu()
-        for (step, _), row in zip(self.rows, table):
-            for name, value in zip(names, row):
-                if not value.isfinite():
-                    kept = f"the checkpoint before it is in {self.dir}" if (self.dir / "last.pt").exists() else "nothing was saved yet"
-                    raise UserError(f"{name} became {value.item()} at step {step}; {kept}; a lower --lr may help")
+        for i, j in (~table.isfinite()).nonzero()[:1].tolist():
+            kept = f"the checkpoint before it is in {self.dir}" if (self.dir / "last.pt").exists() else "nothing was saved yet"
+            raise UserError(f"{names[j]} became {table[i, j]} at step {self.rows[i][0]}; {kept}; a lower --lr may help")
         means, self.rows = table.mean(0).tolist(), []
         self.bar.set_postfix_str(" ".join(f"{k} {v:.3g}" for k, v in zip(names, means)))
         new = not (self.dir / "log.csv").exists()
@@ -1173,6 +1166,7 @@ class Run:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
         about = dict(step=self.step, train_seconds=round(self.seconds, 1), peak_gib=round(peak, 2), device=str(self.device), torch=torch.__version__)
         write_atomically(self.dir / "metrics.json", lambda f: f.write(json.dumps({**metrics, **about}, indent=1).encode()))
+        self.release()
 
 
 def draw(cfg, sample):

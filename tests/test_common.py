@@ -164,6 +164,14 @@ def test_attention_is_softmax_attention():
     torch.testing.assert_close(block(x, emb), (block.proj(a) + before) * 0.5**0.5)
 
 
+@pytest.mark.parametrize("width, adm", [(36, False), (100, True), (4, False)])
+def test_unet_of_any_width(width, adm):
+    """Widths that EDM's group and head counts do not divide work too."""
+    net = Denoiser(UNet(8, 3, 0, width=width, mult=(1, 2), blocks=1, attention=(4,), adm=adm))
+    x, feature = net(torch.randn(2, 3, 8, 8), torch.ones(2), features="also")
+    assert x.shape == (2, 3, 8, 8) and fdistill.make_discriminator(net.net.feature_shape())(feature).shape == (2, 1)
+
+
 def test_ema():
     """The average follows decay * old + (1 - decay) * new once its warm-up is over."""
     net = torch.nn.Linear(2, 2)
@@ -204,6 +212,9 @@ def test_toy_metrics_know_data_from_a_missing_mode():
     bad = common.toy_metrics(x[label[:, 0] == 0], m)
     assert 0.006 < bad["H"] < 0.012 and bad["mode_min"] < 0.01
     assert bad["fkl"] > good["fkl"] + 0.1 and bad["rkl"] > good["rkl"] + 0.05
+    # blurred by std modes hardly overlap: int q log 2q/(p+q) + p log 2p/(p+q) with q = 8/7 p on seven modes, 0 on one
+    exact = 8 / 7 * 7 / 8 * math.log(2 * 8 / 15) + 7 / 8 * math.log(2 * 7 / 15) + math.log(2) / 8
+    assert abs(bad["js"] - exact) < 0.02 and abs(good["js"]) < 0.02
 
 
 def test_frechet_distance_of_gaussians():
@@ -359,7 +370,8 @@ def test_default_preset_flag(monkeypatch):
     ("--fid", "x"): "for images", ("--data", "cifar10", "--fid", "nowhere.pt"): "no such file", ("--st", "3"): "unknown argument",
     ("--data", "cifar10", "--fid", __file__): "is not the Inception network", ("--width", "6"): "multiple of 4", ("--teacher", "nowhere.pt"): "no such file", ("--sample", "nowhere"): "no such file",
     ("--data", "cifar10", "--fake", "exact"): "needs a toy", ("--sigma_min", "0"): "sigma", ("--sigma_max", "0.01"): "sigma",
-    ("--bins", "0"): "bins", ("--fake_updates", "-1"): "fake_updates", ("--steps",): "expected one argument", ("--samples", "1"): "samples",
+    ("--bins", "0"): "bins", ("--fake_updates", "-1"): "fake_updates", ("--steps",): "expected one argument", ("--lr_fake", "-1"): "lr_fake",
+    ("--gan_weight", "nan"): "gan_weight", ("--seed", "-1"): "--seed", ("--samples", "1"): "samples",
 }.items())
 def test_bad_flags(flags, words):
     """Each ends with exit code 2 and one sentence that says what to do, before any work is done."""

@@ -81,6 +81,13 @@ def test_non_finite_elements_become_zero():
     torch.testing.assert_close(g[2], weighted_score_gradient(x[2:], d_real[2:], d_fake[2:], log_ratio[2:], "rkl")[0][0])
 
 
+def test_overflow_of_half_precision_becomes_zero():
+    """Elements that are finite in float32 but not in fp16 count as not finite."""
+    x, d_real = torch.zeros(1, 2, dtype=torch.float16), torch.full((1, 2), 1e-3, dtype=torch.float16)
+    g, loss = weighted_score_gradient(x, d_real, torch.tensor([[1000.0, 1.0]], dtype=torch.float16), torch.zeros(1), "rkl")
+    assert g[0, 0] == 0 and g[0, 1] > 900 and loss.isfinite().all()
+
+
 def test_log_ratio_is_clamped():
     """Log ratios beyond +-10 count as +-10."""
     args = inputs((3, 2))[:3]

@@ -143,6 +143,55 @@ def test_folders_are_never_overwritten(tmp_path):
     assert code == 2 and "last.pt is damaged" in err
 
 
+def test_two_processes_never_share_a_folder(tmp_path):
+    """While one process works in a folder a second one is refused; two that fit the same teacher take turns."""
+    flags = ["--steps", "400", "--teacher_steps", "60", "--batch", "64", "--samples", "64", "--every", "1000", "--width", "64"]
+    first, other = start("fdistill.py", *flags, cwd=tmp_path), start("fdistill.py", *flags, "--seed", "1", cwd=tmp_path)
+    wait_for((tmp_path / "runs/fdistill-ring-0/config.json").exists, first)
+    code, _, err = run("fdistill.py", *flags, "--divergence", "fkl", cwd=tmp_path)
+    assert code == 2 and "another process is working in" in err
+    for process in (first, other):
+        _, err = process.communicate(timeout=240)
+        assert process.returncode == 0, err
+    teacher, = (tmp_path / "runs").glob("teacher-*")
+    assert [r["step"] for r in log_rows(teacher)] == ["50", "60"]
+
+
+def test_a_bad_path_disturbs_no_finished_run(tmp_path):
+    """Data and teacher are read before the folder is touched; folders that cannot be made are one sentence."""
+    import fdistill
+    assert main_in_process(fdistill, *QUICK, "--out", "run")[0] == 0
+    before = sorted(Path("run").rglob("*"))
+    assert main_in_process(fdistill, *QUICK, "--out", "run", "--teacher", "typo.pt")[0] == 2
+    assert sorted(Path("run").rglob("*")) == before and not Path("run~1").exists()
+    code, err = main_in_process(fdistill, *QUICK, "--out", "/dev/null/x")
+    assert code == 2 and err.splitlines()[-1].startswith("fdistill.py: ")
+
+
+def test_a_teacher_of_nans_is_noticed(tmp_path, monkeypatch):
+    """The weighting op turns non-finite gradients into zeros; the logged gap still tells."""
+    import fdistill
+    load = fdistill.load_teacher
+
+    def broken(cfg, data):
+        teacher = load(cfg, data)
+        for p in teacher.parameters():
+            p.fill_(float("nan"))
+        return teacher
+    monkeypatch.setattr(fdistill, "load_teacher", broken)
+    monkeypatch.setattr(fdistill, "initial_student", common_student)
+    code, err = main_in_process(fdistill, *QUICK, "--out", "run")
+    assert code == 2 and "gap became nan at step 0" in err
+
+
+def common_student(cfg, teacher, data):
+    """A student that does not come from the (broken) teacher."""
+    import common
+    G = common.build(cfg, data.shape, data.label_dim, data.sigma_data)
+    G.sigma_init = cfg.sigma_init
+    return G
+
+
 def test_teachers_cannot_be_drawn_from(tmp_path):
     import fdistill
     assert main_in_process(fdistill, *QUICK, "--out", "run")[0] == 0
