@@ -671,7 +671,7 @@ def load_denoiser(path, cfg):
         net = {"MLP": MLP, "UNet": UNet}[saved["kind"]](**saved["spec"])
         net.load_state_dict(saved["model"])
         denoiser = Denoiser(net, saved["sigma_data"], cfg.dtype)
-        denoiser.sigma_init = saved["sigma_init"]
+        denoiser.sigma_init, denoiser.steps = saved["sigma_init"], saved["config"].get("steps_student", 1)
     except UserError:
         raise
     except Exception as e:          # whatever torch.load meets in a foreign or damaged file
@@ -1175,8 +1175,8 @@ def draw(cfg, sample):
     if student.sigma_init is None:
         raise UserError(f"{cfg.sample} holds a teacher, not a one-step student; draw from the folder of a distillation run")
     torch.manual_seed(cfg.seed)
-    x = sample(student, cfg.samples)
+    x = sample(student, cfg.samples, steps=student.steps)
     folder = Path(cfg.sample) if Path(cfg.sample).is_dir() else Path(cfg.sample).parent
     write_atomically(folder / "draw.npy", lambda f: np.save(f, x.cpu().numpy()))
-    save_picture(folder / "draw.png", {f"{len(x):,} one-step samples": x})
+    save_picture(folder / "draw.png", {f"{len(x):,} samples, {student.steps} network call{'s' * (student.steps > 1)} each": x})
     print(f"{folder}/draw.png and draw.npy: {len(x):,} samples")
