@@ -1,4 +1,5 @@
 """Shared helpers: the scripts are imported from the folder above and run as a user would, in an empty working folder."""
+import json
 import os
 import subprocess
 import sys
@@ -54,3 +55,52 @@ def main_in_process(module, *args):
         return e.code, err.getvalue()
     finally:
         sys.argv = old
+
+
+def flat(module):
+    """All parameters of a module as one vector."""
+    return torch.cat([p.detach().flatten() for p in module.parameters()])
+
+
+class PowerCut(Exception):
+    pass
+
+
+def check_resume(monkeypatch, train, quick, **kw):
+    """4 steps + power cut at 5 + resume = 6 steps in one go: every tensor of last.pt and the metrics agree to the bit."""
+    import common
+    common.load_teacher(quick(**{k: v for k, v in kw.items() if k == "cond"}))          # the fit would count as updates too
+    train(quick(steps=6, out="straight", **kw))
+    update, count = common.EMA.update, [0]
+
+    def dying(self, model):
+        count[0] += 1
+        if count[0] > 5:
+            raise PowerCut
+        update(self, model)
+    with monkeypatch.context() as patch:
+        patch.setattr(common.EMA, "update", dying)
+        with pytest.raises(PowerCut):
+            train(quick(steps=6, out="broken", **kw))
+    assert torch.load("broken/last.pt", weights_only=True)["step"] == 4
+    train(quick(steps=6, out="broken", resume=True, **kw))
+    a, b = (torch.load(f"{d}/last.pt", weights_only=True) for d in ("straight", "broken"))
+    torch.testing.assert_close((a["state"], a["rng"]), (b["state"], b["rng"]), rtol=0, atol=0)
+    assert len({json.loads(Path(d, "metrics.json").read_text())["H"] for d in ("straight", "broken")}) == 1
+
+
+def check_micro(train, quick, micros, **kw):
+    """The whole batch and its parts, --micro 0 and others, give the same student after 3 steps up to rounding."""
+    import common
+    whole, *parts = (flat(train(quick(steps=3, micro=micro, out=f"run{micro}", **kw))[0]) for micro in (0, *micros))
+    start = flat(common.load_denoiser(next(Path("runs").glob("teacher-*")), quick()))
+    assert (whole - start).abs().max() > 1e-4
+    for part in parts:
+        torch.testing.assert_close(part, whole, rtol=0, atol=2e-6)
+
+
+class TinyInception(torch.nn.Module):
+    """Stands in for the FID network: same call, 8 features."""
+
+    def forward(self, x: torch.Tensor, return_features: bool = True) -> torch.Tensor:
+        return torch.nn.functional.adaptive_avg_pool2d(x.float(), 2).flatten(1)[:, :8]

@@ -13,10 +13,10 @@ import common
 import dmd
 import fdistill
 from common import Denoiser, GaussianMixture, MLP, TOYS, UNet, UserError, generate, heun_sample, karras
+from conftest import PowerCut, TinyInception, check_micro, check_resume, flat
 from dmd import (Config, LowRank, add_adapters, dm_loss, regression_loss, roll_out, sample, student_sigmas, teacher_pairs, train,
                  vsd_loss)
 from test_common import write_cifar
-from test_fdistill import PowerCut, TinyInception, cut_power, flat
 
 F64 = torch.float64
 TINY = dict(device="cpu", steps=4, batch=32, width=16, teacher_steps=20, samples=200, every=2, out="run")
@@ -288,26 +288,12 @@ def test_sample():
 
 @pytest.mark.parametrize("kw", VARIANTS)
 def test_micro_batches_change_nothing(kw):
-    """batch 32 = 4 x 8: the same student after 3 steps up to rounding."""
-    whole, parts = (flat(train(quick(steps=3, micro=micro, every=9, out=f"run{micro}", **kw))[0]) for micro in (0, 8))
-    start = flat(common.load_denoiser(next(Path("runs").glob("teacher-*")), quick()))
-    assert (whole - start).abs().max() > 1e-4
-    torch.testing.assert_close(parts, whole, rtol=0, atol=2e-6)
+    check_micro(train, quick, (8,), **kw)
 
 
 @pytest.mark.parametrize("kw", VARIANTS)
 def test_resume_is_bit_exact(monkeypatch, kw):
-    """4 steps + power cut at 5 + resume = 6 steps in one go: every tensor of last.pt and the metrics agree to the bit."""
-    train(quick(steps=6, out="straight", **kw))
-    with monkeypatch.context() as patch:
-        cut_power(patch, 5)
-        with pytest.raises(PowerCut):
-            train(quick(steps=6, out="broken", **kw))
-    assert torch.load("broken/last.pt", weights_only=True)["step"] == 4
-    train(quick(steps=6, out="broken", resume=True, **kw))
-    a, b = (torch.load(f"{d}/last.pt", weights_only=True) for d in ("straight", "broken"))
-    torch.testing.assert_close((a["state"], a["rng"]), (b["state"], b["rng"]), rtol=0, atol=0)
-    assert len({json.loads(common.Path(d, "metrics.json").read_text())["H"] for d in ("straight", "broken")}) == 1
+    check_resume(monkeypatch, train, quick, **kw)
 
 
 @pytest.mark.parametrize("kw, words", [(dict(variant="dmd", steps_student=2), "one-step"), (dict(steps_student=3), "1, 2 or 4"),

@@ -10,6 +10,7 @@ import torch
 import common
 import fdistill
 from common import F_DIVERGENCES, GaussianMixture, UserError, energy_coefficient
+from conftest import TinyInception, check_micro, check_resume, flat
 from fdistill import Config, balance_ratio, density_ratio, discriminator_loss, f_distill_loss, train
 from mode_seeking import TWO, fit_affine
 from test_common import write_cifar
@@ -113,60 +114,15 @@ def test_ratio_bins():
 # ---- the loop ----
 
 
-def flat(module):
-    return torch.cat([p.detach().flatten() for p in module.parameters()])
-
-
 @pytest.mark.parametrize("kw", [{}, dict(cond=True, divergence="fkl", data="unequal"), dict(divergence="rkl", gan_weight=0.0),
                                 dict(fake="exact", divergence="jeffreys", gan_weight=0.0)])
 def test_micro_batches_change_nothing(kw):
-    """batch 32 = 2 x 16 = 4 x 8: the same student after 3 steps up to rounding, ratios normalised over the whole batch."""
-    whole, half, parts = (flat(train(quick(steps=3, micro=micro, out=f"run{micro}", **kw))[0]) for micro in (0, 16, 8))
-    start = flat(common.load_denoiser(next(common.Path("runs").glob("teacher-*")), quick()))
-    assert (whole - start).abs().max() > 1e-4
-    torch.testing.assert_close(parts, whole, rtol=0, atol=2e-6)
-    torch.testing.assert_close(half, whole, rtol=0, atol=2e-6)
-
-
-class PowerCut(Exception):
-    pass
-
-
-def cut_power(monkeypatch, after):
-    """Make the student's EMA die after so many updates."""
-    update, count = common.EMA.update, [0]
-
-    def dying(self, model):
-        count[0] += 1
-        if count[0] > after:
-            raise PowerCut
-        update(self, model)
-    monkeypatch.setattr(common.EMA, "update", dying)
+    check_micro(train, quick, (16, 8), **kw)
 
 
 @pytest.mark.parametrize("kw", [dict(cond=True), dict(fake="exact"), dict(ratio_ema=0.5, divergence="fkl")])
 def test_resume_is_bit_exact(monkeypatch, kw):
-    """4 steps + power cut at 5 + resume = 6 steps in one go: every tensor of last.pt and the log agree to the bit."""
-    common.load_teacher(quick(**{k: v for k, v in kw.items() if k == "cond"}))
-    train(quick(steps=6, out="straight", **kw))
-    with monkeypatch.context() as patch:
-        cut_power(patch, 5)
-        with pytest.raises(PowerCut):
-            train(quick(steps=6, out="broken", **kw))
-    assert torch.load("broken/last.pt", weights_only=True)["step"] == 4
-    train(quick(steps=6, out="broken", resume=True, **kw))
-    a, b = (torch.load(f"{d}/last.pt", weights_only=True) for d in ("straight", "broken"))
-
-    def same(x, y):
-        if torch.is_tensor(x):
-            return torch.equal(x, y)
-        if isinstance(x, dict):
-            return x.keys() == y.keys() and all(same(x[k], y[k]) for k in x)
-        if isinstance(x, (list, tuple)):
-            return len(x) == len(y) and all(map(same, x, y))
-        return x == y
-    assert same(a["state"], b["state"]) and same(a["rng"], b["rng"])
-    assert len({json.loads(common.Path(d, "metrics.json").read_text())["H"] for d in ("straight", "broken")}) == 1
+    check_resume(monkeypatch, train, quick, **kw)
 
 
 def test_same_seed_same_student_other_seed_other():
@@ -219,13 +175,6 @@ def test_reverse_kl_seeks_forward_kl_covers():
 
 
 # ---- images ----
-
-
-class TinyInception(torch.nn.Module):
-    """Stands in for the FID network: same call, 8 features."""
-
-    def forward(self, x: torch.Tensor, return_features: bool = True) -> torch.Tensor:
-        return torch.nn.functional.adaptive_avg_pool2d(x.float(), 2).flatten(1)[:, :8]
 
 
 def test_images_end_to_end(tmp_path):

@@ -10,9 +10,9 @@ import torch
 import common
 import sim
 from common import GaussianMixture, UserError
+from conftest import TinyInception, check_micro, check_resume, flat
 from sim import Config, sim_loss, train
 from test_common import write_cifar
-from test_fdistill import PowerCut, TinyInception, cut_power, flat
 
 F64 = torch.float64
 
@@ -170,37 +170,12 @@ def test_gradients_pass_through_both_networks(monkeypatch):
 
 @pytest.mark.parametrize("kw", [{}, dict(cond=True, data="unequal", distance="huber", alpha=1.2), dict(fake="exact", alpha=0.5)])
 def test_micro_batches_change_nothing(kw):
-    """batch 32 = 2 x 16 = 4 x 8: the same student after 3 steps up to rounding."""
-    whole, half, parts = (flat(train(quick(steps=3, micro=micro, out=f"run{micro}", **kw))[0]) for micro in (0, 16, 8))
-    start = flat(common.load_denoiser(next(common.Path("runs").glob("teacher-*")), quick()))
-    assert (whole - start).abs().max() > 1e-4
-    torch.testing.assert_close(parts, whole, rtol=0, atol=2e-6)
-    torch.testing.assert_close(half, whole, rtol=0, atol=2e-6)
+    check_micro(train, quick, (16, 8), **kw)
 
 
 @pytest.mark.parametrize("kw", [dict(cond=True), dict(fake="exact", teacher="exact"), dict(distance="huber", alpha=0.5)])
 def test_resume_is_bit_exact(monkeypatch, kw):
-    """4 steps + power cut at 5 + resume = 6 steps in one go: every tensor of last.pt and the metrics agree to the bit."""
-    common.load_teacher(quick(**{k: v for k, v in kw.items() if k == "cond"}))
-    train(quick(steps=6, out="straight", **kw))
-    with monkeypatch.context() as patch:
-        cut_power(patch, 5)
-        with pytest.raises(PowerCut):
-            train(quick(steps=6, out="broken", **kw))
-    assert torch.load("broken/last.pt", weights_only=True)["step"] == 4
-    train(quick(steps=6, out="broken", resume=True, **kw))
-    a, b = (torch.load(f"{d}/last.pt", weights_only=True) for d in ("straight", "broken"))
-
-    def same(x, y):
-        if torch.is_tensor(x):
-            return torch.equal(x, y)
-        if isinstance(x, dict):
-            return x.keys() == y.keys() and all(same(x[k], y[k]) for k in x)
-        if isinstance(x, (list, tuple)):
-            return len(x) == len(y) and all(map(same, x, y))
-        return x == y
-    assert same(a["state"], b["state"]) and same(a["rng"], b["rng"])
-    assert len({json.loads(common.Path(d, "metrics.json").read_text())["H"] for d in ("straight", "broken")}) == 1
+    check_resume(monkeypatch, train, quick, **kw)
 
 
 def test_same_seed_same_student_other_seed_other():
