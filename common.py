@@ -9,7 +9,7 @@ x_t = x + sigma * eps, sigma (B,), label one-hot (B, K) or None. A network, a cl
 all denoisers and may stand in for one another. The score is (D(x_t, sigma) - x_t) / sigma^2.
 Importing this file does no work: it prints nothing, picks no device, compiles and downloads nothing.
 """
-import argparse, copy, csv, dataclasses, difflib, hashlib, inspect, json, math, os, re, signal, sys, tarfile, time
+import argparse, copy, csv, ctypes, dataclasses, difflib, hashlib, inspect, json, math, os, re, signal, sys, tarfile, time
 import urllib.error, urllib.request, warnings, weakref, zlib
 from collections import namedtuple
 from dataclasses import dataclass
@@ -785,7 +785,8 @@ def weighted_score_gradient(x, d_real, d_fake, log_ratio, divergence):
 @torch.library.custom_op("onestep::weighted_score_gradient", mutates_args=())
 def _weighting_op(x: torch.Tensor, d_real: torch.Tensor, d_fake: torch.Tensor, log_ratio: torch.Tensor,
                   divergence: str) -> tuple[torch.Tensor, torch.Tensor]:
-    return weighting_reference(x, d_real, d_fake, log_ratio, divergence)        # the CUDA kernel registers beside this
+    fused = weighting_cuda(x, d_real, d_fake, log_ratio, divergence) if x.is_cuda else None
+    return fused or weighting_reference(x, d_real, d_fake, log_ratio, divergence)
 
 
 def weighting_reference(x, d_real, d_fake, log_ratio, divergence):
@@ -796,6 +797,205 @@ def weighting_reference(x, d_real, d_fake, log_ratio, divergence):
     g = g.to(x.dtype)
     g = torch.where(g.isfinite(), g, torch.zeros_like(g))       # the one place where non-finite values are dropped
     return torch.empty_like(x).copy_(g), g.float().square().flatten(1).mean(1) / 2
+
+
+# The same as one CUDA kernel, which reads each input once and writes g once. Everything known before the launch is a constant
+# of the source: SIZE elements of type T to a sample, in packs of VEC that fill one memory access; GROUP threads to a sample,
+# THREADS to a block; H, the weight h as a function of r. A thread keeps its share of d_fake - d_real, KEEP packs, in
+# registers between the sum that needs all of the sample and the product that needs the sum: so nothing is read twice.
+# A toy's sample is one thread's work, an image a whole block's; one too large for the registers of a block is shared by SPLIT
+# blocks, each of which waits for the others' sums. Elements may lie in any order, as long as all tensors share it.
+WEIGHTING_CUDA = r"""
+#if defined(BF16)                                   // the upper half of a float, rounded to nearest, ties to even
+typedef unsigned short T;
+__device__ float to_float(T v) { return __uint_as_float((unsigned)v << 16); }
+__device__ T from_float(float v) { unsigned u = __float_as_uint(v); return (u + 0x7fff + (u >> 16 & 1)) >> 16; }
+#elif defined(FP16)                                 // one instruction each way; a header would have to be found
+typedef unsigned short T;
+__device__ float to_float(T v) { float f; asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v)); return f; }
+__device__ T from_float(float v) { T h; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(v)); return h; }
+#else
+typedef float T;
+__device__ float to_float(T v) { return v; }
+__device__ T from_float(float v) { return v; }
+#endif
+struct alignas(VEC * sizeof(T)) Pack { T e[VEC]; }; // up to 16 bytes: one access moves it
+const int PACKS = SIZE / VEC, WARPS = THREADS / 32;
+
+__device__ float group_sum(float v) {               // the sum over a sample's threads in this block, known to all of them
+    for (int o = (GROUP < 32 ? GROUP : 32) / 2; o > 0; o /= 2) v += __shfl_xor_sync(0xffffffff, v, o);
+    if (GROUP > 32) {                               // then over the warps, in shared memory
+        __shared__ float warp_sums[WARPS];
+        warp_sums[threadIdx.x / 32] = v;            // all 32 threads of a warp write the same value
+        __syncthreads();
+        v = 0;
+        for (int w = 0; w < WARPS; w++) v += warp_sums[w];
+        __syncthreads();                            // nobody writes again before all have read
+    }
+    return v;
+}
+
+__device__ float sum_over_blocks(float v, volatile float* sums, int part, int* arrived) {
+    if (threadIdx.x == 0) {
+        sums[part] = v;
+        __threadfence();                            // the sum is out before the count says so
+        atomicAdd(arrived, 1);
+        while (atomicAdd(arrived, 0) < SPLIT) {}
+        __threadfence();
+    }
+    __syncthreads();
+    v = 0;
+    for (int k = 0; k < SPLIT; k++) v += sums[k];   // in one order: all blocks get the same bits
+    return v;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) weighted_score_gradient(
+        const Pack* x, const Pack* d_real, const Pack* d_fake, const float* log_ratio, Pack* g, float* loss,
+        int samples, int* arrived, float* sums) {
+    // 1. Which sample, which part of it. Blocks that wait for each other number themselves as they start: those before
+    //    a waiting one are then running or done, so the wait ends (arrived[0] counts starts, the rest is per sample).
+    __shared__ int ticket;
+    if (threadIdx.x == 0) ticket = SPLIT > 1 ? atomicAdd(arrived, 1) : blockIdx.x;
+    __syncthreads();
+    const int block = ticket, part = block % SPLIT, lane = threadIdx.x % GROUP;
+    const int sample = block / SPLIT * (THREADS / GROUP) + threadIdx.x / GROUP;
+    const int first = part * KEEP * GROUP + lane, left = sample < samples ? PACKS - first : 0;
+    const long long start = (long long)sample * PACKS + first;
+
+    // 2. Read everything once; sum |x - d_real|, keep d_fake - d_real. Zeros stand in beyond the end.
+    float diff[KEEP][VEC], sum = 0;
+    #pragma unroll
+    for (int k = 0; k < KEEP; k++) {
+        Pack a = {}, r = {}, f = {};
+        const long long i = start + k * GROUP;
+        if (k * GROUP < left) a = x[i], r = d_real[i], f = d_fake[i];
+        #pragma unroll
+        for (int e = 0; e < VEC; e++) {
+            sum += fabsf(to_float(a.e[e]) - to_float(r.e[e]));
+            diff[k][e] = to_float(f.e[e]) - to_float(r.e[e]);
+        }
+    }
+    sum = group_sum(sum);
+    if (SPLIT > 1) sum = sum_over_blocks(sum, sums + (long long)sample * SPLIT, part, arrived + 1 + sample);
+
+    // 3. The weight h(r) / n. The clamp is written so that NaN stays NaN, as in PyTorch.
+    float log_r = sample < samples ? log_ratio[sample] : 0.f;
+    log_r = log_r < -LOG_RATIO_MAX ? -LOG_RATIO_MAX : log_r > LOG_RATIO_MAX ? LOG_RATIO_MAX : log_r;
+    const float r = expf(log_r), weight = (H(r)) / (sum / SIZE);
+
+    // 4. Write g, rounded to T, zero where it is not finite (in T); the loss is half its mean square.
+    float square = 0;
+    #pragma unroll
+    for (int k = 0; k < KEEP; k++) {
+        Pack out;
+        #pragma unroll
+        for (int e = 0; e < VEC; e++) {
+            float v = weight * diff[k][e];
+            if (!isfinite(v) || !isfinite(to_float(from_float(v)))) v = 0;
+            out.e[e] = from_float(v);
+            square += to_float(out.e[e]) * to_float(out.e[e]);
+        }
+        if (k * GROUP < left) g[start + k * GROUP] = out;
+    }
+    square = group_sum(square);
+    if (lane == 0 && sample < samples) loss[(long long)sample * SPLIT + part] = square / SIZE / 2;
+}
+"""
+CUDA_DTYPES = {torch.float32: "FP32", torch.bfloat16: "BF16", torch.float16: "FP16"}
+CUDA_H = dict(rkl="1.f", fkl="r", js="r / (r + 1)", srkl="1 / (r + 1)", hellinger="sqrtf(r) / 4", jeffreys="r + 1", neyman="2 / r")
+_kernels = {}                                       # (device, constants) -> (libcuda, function), or None where it failed
+
+
+def nvrtc(source, arch):
+    """(machine code, compiler's log) of CUDA source for an arch like "sm_90", by the NVRTC that comes with PyTorch's CUDA build."""
+    places = sorted(map(str, Path(torch.__file__).parents[1].glob("nvidia/*/lib/libnvrtc.so.*")))
+    for name in [f"libnvrtc.so.{(torch.version.cuda or '0').split('.')[0]}", *places, "libnvrtc.so"]:
+        try:
+            lib = ctypes.CDLL(name)
+            break
+        except OSError:
+            continue
+    else:
+        raise OSError("libnvrtc was not found")
+    program, size, options = ctypes.c_void_p(), ctypes.c_size_t(), [f"--gpu-architecture={arch}".encode(), b"--ptxas-options=-v"]
+
+    def fetch(what):
+        getattr(lib, f"nvrtcGet{what}Size")(program, ctypes.byref(size))
+        data = ctypes.create_string_buffer(size.value)
+        getattr(lib, f"nvrtcGet{what}")(program, data)
+        return data.raw
+    lib.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"onestep.cu", 0, None, None)
+    try:
+        failed = lib.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
+        log = fetch("ProgramLog").rstrip(b"\0").decode(errors="replace")
+        if failed:
+            raise RuntimeError(f"NVRTC error {failed} for {arch}: {' '.join(log.split())[:300]}")
+        return fetch("CUBIN"), log
+    finally:
+        lib.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def weighting_constants(dtype, divergence, size, vec):
+    """The kernel's constants for samples of `size` elements in packs of `vec`: at most 48 elements to a thread, 512 threads to a block."""
+    group = min(512, 1 << max(-(-size // 16) - 1, 0).bit_length())         # power of two with about 16 elements to a thread
+    split = -(-size // (512 * 48))
+    return {CUDA_DTYPES[dtype]: 1, "SIZE": size, "VEC": vec, "GROUP": group, "THREADS": group if group > 32 else 128, "SPLIT": split,
+            "KEEP": -(-size // (vec * group * split)), "LOG_RATIO_MAX": f"{LOG_RATIO_MAX}f", "H(r)": CUDA_H[divergence]}
+
+
+def weighting_source(constants):
+    return "".join(f"#define {k} {v}\n" for k, v in constants.items()) + WEIGHTING_CUDA
+
+
+def weighting_cuda(x, d_real, d_fake, log_ratio, divergence):
+    """
+    The op as one kernel; None where PyTorch has to do it: mixed or other dtypes, samples too large for half the GPU, nothing
+    to do, no compiler (one warning), or a first call inside a CUDA graph capture, where nothing can be loaded.
+    """
+    size, tensors = x[0].numel() if len(x) else 0, (x, d_real, d_fake)
+    if not size or x.dtype not in CUDA_DTYPES or divergence not in CUDA_H or any(
+            t.dtype != x.dtype or t.device != x.device for t in (d_real, d_fake)) or log_ratio.device != x.device:
+        return None
+    nhwc = x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if nhwc else torch.contiguous_format
+    out = torch.empty_like(x)
+    g = out if out.is_contiguous(memory_format=layout) else torch.empty_like(x, memory_format=layout)
+    tensors = [*(t.contiguous(memory_format=layout) for t in tensors), g]           # a copy only where layouts differ
+    fits = lambda v: size % v == 0 and all(t.data_ptr() % (v * t.element_size()) == 0 for t in tensors)
+    constants = weighting_constants(x.dtype, divergence, size, next(v for v in (8, 4, 2, 1) if v * x.element_size() <= 16 and fits(v)))
+    group, threads, split = (constants[k] for k in ("GROUP", "THREADS", "SPLIT"))
+    key, properties = (x.device, *constants.items()), torch.cuda.get_device_properties(x.device)
+    with torch.cuda.device(x.device):
+        if split > 1 and split > properties.multi_processor_count // 2 or key not in _kernels and torch.cuda.is_current_stream_capturing():
+            return None
+        if key not in _kernels:
+            _kernels[key] = _load_kernel(weighting_source(constants), f"sm_{properties.major}{properties.minor}")
+        if not _kernels[key]:
+            return None
+        (cuda, function), samples = _kernels[key], len(x)
+        loss = x.new_empty(samples, split, dtype=torch.float32)
+        arrived = x.new_zeros(samples + 1 if split > 1 else 0, dtype=torch.int32)
+        log_ratio, sums, blocks = log_ratio.float().contiguous(), torch.empty_like(loss), -(-samples // (threads // group)) * split
+        values = [ctypes.c_int(v) if v is samples else ctypes.c_void_p(v.data_ptr())
+                  for v in (*tensors[:3], log_ratio, g, loss, samples, arrived, sums)]
+        error = cuda.cuLaunchKernel(function, blocks, 1, 1, threads, 1, 1, 0, ctypes.c_void_p(torch.cuda.current_stream().cuda_stream),
+                                    (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values)), None)
+    if error:
+        raise RuntimeError(f"the weighting kernel could not be started (CUDA driver error {error})")
+    return out if g is out else out.copy_(g), loss[:, 0] if split == 1 else loss.sum(1)
+
+
+def _load_kernel(source, arch):
+    try:
+        code, cuda = nvrtc(source, arch)[0], ctypes.CDLL("libcuda.so.1")
+        module, function = ctypes.c_void_p(), ctypes.c_void_p()
+        error = cuda.cuModuleLoadData(ctypes.byref(module), code) or \
+            cuda.cuModuleGetFunction(ctypes.byref(function), module, b"weighted_score_gradient")
+        if error:
+            raise RuntimeError(f"CUDA driver error {error}")
+        return cuda, function
+    except (OSError, RuntimeError, AttributeError) as e:            # AttributeError: a library without these functions
+        warnings.warn(f"the weighting op runs in plain PyTorch, its CUDA kernel could not be compiled: {e}")
 
 
 @_weighting_op.register_fake
