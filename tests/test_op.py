@@ -1,9 +1,17 @@
 """The weighting op: forward and backward against autograd of the plain formula, dtypes, layouts, opcheck, bad values."""
+import contextlib
+import ctypes
+import re
+import shutil
+import types
+import warnings
+
 import pytest
 import torch
 
 import common
-from common import F_DIVERGENCES, UserError, weighted_score_gradient
+from common import CUDA_DTYPES, F_DIVERGENCES, UserError, nvrtc, weighted_score_gradient, weighting_cuda, weighting_reference
+from cuda_on_cpu import CDLL, Driver
 
 SHAPES = [(5, 2), (1, 2), (4, 3, 8, 8), (3, 3, 7, 5), (2, 1, 1, 1), (3, 4, 16, 16)]
 
@@ -128,3 +136,174 @@ def test_importing_common_does_no_work():
     args = inputs((4, 2))
     for a, b in zip(weighted_score_gradient(*args, "js"), common.weighting_reference(*args, "js")):
         assert torch.equal(a, b)
+
+
+# ---- the CUDA kernel, on a CPU ----
+
+
+def has_nvrtc():
+    try:
+        return bool(nvrtc("", "sm_90"))
+    except (OSError, RuntimeError):
+        return False
+
+
+@pytest.fixture
+def cpu_driver(monkeypatch, tmp_path):
+    """weighting_cuda takes CPU tensors and launches through tests/cuda_on_cpu.py; everything else is its own code."""
+    if not shutil.which("g++"):
+        pytest.skip("needs g++ to run the kernel on the CPU")
+    driver = Driver(tmp_path)
+    monkeypatch.setattr(common, "_kernels", {})
+    monkeypatch.setattr(common, "nvrtc", lambda source, arch: (source.encode(), ""))
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: driver if name == "libcuda.so.1" else CDLL(name))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: types.SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(multi_processor_count=32, major=9, minor=0))
+    return driver
+
+
+def assert_same(args, divergence="js"):
+    """Kernel and reference: g to rounding of the sums, in half precision one step of the last bit at most; layout alike."""
+    (g, loss), (want_g, want_loss) = weighting_cuda(*args, divergence), weighting_reference(*args, divergence)
+    step = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}[g.dtype]
+    assert g.dtype == want_g.dtype and g.stride() == want_g.stride() and loss.dtype == torch.float32 and loss.shape == want_loss.shape
+    torch.testing.assert_close(g.float(), want_g.float(), rtol=step, atol=6e-8)
+    torch.testing.assert_close(loss, want_loss, rtol=1e-3 if g.dtype != torch.float32 else 5e-6, atol=1e-12)
+    if g.dtype != torch.float32:
+        assert (g != want_g).float().mean() < 0.02           # nearly always the very same bits
+    return g
+
+
+CASES = [((300, 2), "contiguous"), ((5, 3), "strided"), ((2, 1, 1, 1), "contiguous"), ((3, 3, 7, 5), "channels_last"), ((7, 3, 20), "contiguous"),
+         ((3, 4, 16, 16), "channels_last"), ((2, 3, 32, 32), "contiguous"), ((2, 4, 64, 64), "channels_last"), ((3, 3, 93, 101), "contiguous")]
+
+
+@pytest.mark.parametrize("shape, layout, dtype", [(*case, dtype) for i, case in enumerate(CASES) for j, dtype in enumerate(CUDA_DTYPES)
+                                                  if i == 8 or j == i % 3])         # a compiled kernel each: not all 27
+def test_kernel_equals_reference(shape, layout, dtype, cpu_driver):
+    """The kernel's own text, run on the CPU: threads, shuffles, shared memory, odd sizes, samples shared by blocks (the last)."""
+    assert_same(inputs(shape, dtype, layout))
+    assert len(cpu_driver.launches) == 1
+
+
+def test_kernel_every_divergence(cpu_driver):
+    """The weights in C equal the weights in Python, at log ratios within and beyond the clamp and at NaN."""
+    args = (*inputs((6, 4))[:3], torch.tensor([-30.0, -2.0, 0.0, 3.0, 11.0, float("nan")]))
+    for divergence in F_DIVERGENCES:
+        assert_same(args, divergence)
+
+
+def test_kernel_with_non_finite_values(cpu_driver):
+    """n = 0, infinite and NaN elements, and what overflows in fp16 only: zeros where the reference has them."""
+    for dtype in CUDA_DTYPES:
+        x, d_real, d_fake, log_ratio = inputs((6, 40), dtype)
+        d_real[0], x[1, 3], d_fake[2, 5], d_fake[2, 6] = x[0], float("nan"), float("inf"), float("nan")
+        x[3], d_real[3], d_fake[3, :3] = 0, 1e-3, torch.tensor([1000.0, 60.0, -70.0])
+        d_fake[4] = torch.finfo(dtype).max
+        g = assert_same((x, d_real, d_fake, log_ratio), "rkl")
+        assert (g[:2] == 0).all() and g[2].count_nonzero() == 38 and (g[3, 0] == 0) == (dtype == torch.float16) and g[3, 1] > 5e4
+
+
+@pytest.mark.parametrize("resident", [8, 13])
+def test_kernel_of_large_images(resident, cpu_driver):
+    """3x256x256: eight blocks share a sample; no deadlock with only as many running as a sample needs, whatever their order."""
+    cpu_driver.resident = resident
+    x, d_real, d_fake, log_ratio = inputs((3, 3, 256, 256))
+    d_fake[2, 0, 0, 0] = float("inf")
+    assert_same((x, d_real, d_fake, log_ratio))
+    assert cpu_driver.launches == [(24, 512)]
+
+
+def test_kernel_layouts_and_alignment(cpu_driver):
+    """Mixed layouts, transposed tensors, an expanded ratio, views that start at odd addresses, more samples than a block holds."""
+    x, d_real, d_fake, log_ratio = inputs((3, 4, 6, 8))
+    assert_same((x, d_real.contiguous(memory_format=torch.channels_last), d_fake, log_ratio))
+    assert_same((x.transpose(1, 3), d_real.transpose(1, 3), d_fake.transpose(1, 3), log_ratio[:1].expand(3)))
+    for dtype in (torch.float32, torch.bfloat16):
+        for offset in (1, 2):
+            views = [torch.randn(5 * 24 + 8).to(dtype)[offset:][:120].view(5, 24) for _ in range(3)]
+            assert_same((*views, torch.randn(5)))
+            assert_same((views[0].clone(), *views[1:], torch.randn(5)))
+
+
+def test_kernel_leaves_the_rest_to_pytorch(cpu_driver, monkeypatch):
+    """None, without a launch: nothing to do, other or mixed dtypes, a first call in a graph capture, samples too large for the GPU."""
+    x, d_real, d_fake, log_ratio = inputs((4, 6))
+    assert weighting_cuda(x[:0], d_real[:0], d_fake[:0], log_ratio[:0], "js") is None
+    assert weighting_cuda(x[:, :0], d_real[:, :0], d_fake[:, :0], log_ratio, "js") is None
+    assert weighting_cuda(x.double(), d_real.double(), d_fake.double(), log_ratio, "js") is None
+    assert weighting_cuda(x.bfloat16(), d_real, d_fake, log_ratio, "js") is None
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert weighting_cuda(x, d_real, d_fake, log_ratio, "js") is None
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert weighting_cuda(*(torch.zeros(1, 24576 * 16 + 1) for _ in range(3)), log_ratio[:1], "js") is None
+    assert not cpu_driver.launches and weighting_cuda(x, d_real, d_fake, log_ratio, "js")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert weighting_cuda(x, d_real, d_fake, log_ratio, "js") and len(cpu_driver.launches) == 2         # compiled by now
+
+
+@pytest.mark.parametrize("fault", ["source", "library", "driver"])
+def test_fallback(fault, cpu_driver, monkeypatch):
+    """A kernel that does not compile or load: one warning with the reason, then and for ever the PyTorch path."""
+    def broken(*_):
+        raise {"source": RuntimeError("NVRTC error 6"), "library": OSError("libnvrtc was not found")}[fault]
+    if fault == "driver":
+        monkeypatch.setattr(cpu_driver, "cuModuleLoadData", lambda *_: 200)
+    else:
+        monkeypatch.setattr(common, "nvrtc", broken)
+    args = inputs((4, 6))
+    with pytest.warns(UserWarning, match="runs in plain PyTorch.*" + dict(source="NVRTC error 6", library="libnvrtc", driver="driver error 200")[fault]):
+        assert weighting_cuda(*args, "js") is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert weighting_cuda(*args, "js") is None and not cpu_driver.launches
+
+
+@pytest.mark.skipif(not has_nvrtc(), reason="needs NVRTC: a CUDA build of PyTorch, or pip install nvidia-cuda-nvrtc")
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "sm_120"])
+def test_kernel_compiles(arch):
+    """NVRTC makes machine code for every generation since Ampere, without spills at the sizes that matter."""
+    for dtype, divergence, size, vec in ((torch.float32, "rkl", 2, 2), (torch.float32, "js", 3 * 256**2, 4),
+                                         (torch.bfloat16, "hellinger", 12288, 8), (torch.float16, "neyman", 3072, 8)):
+        code, log = nvrtc(common.weighting_source(common.weighting_constants(dtype, divergence, size, vec)), arch)
+        assert code[:4] == b"\x7fELF" and int(re.search(r"(\d+) bytes spill stores", log)[1]) == 0 and int(re.search(r"Used (\d+) reg", log)[1]) <= 128
+    with pytest.raises(RuntimeError, match="NVRTC error 6 .*undefined"):
+        nvrtc(common.weighting_source({}), arch)
+
+
+# ---- the CUDA kernel, on a GPU ----
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", CUDA_DTYPES)
+@pytest.mark.parametrize("shape, layout", [*CASES, ((512, 3, 64, 64), "channels_last"), ((300, 3, 256, 256), "contiguous"), ((65536, 2), "contiguous")])
+def test_gpu_equals_reference(shape, layout, dtype):
+    """Every case, and more blocks than the GPU holds at once; the op takes the kernel."""
+    args = [a.cuda() for a in inputs(shape, dtype, layout)]
+    g = assert_same(args)
+    assert torch.equal(g, weighted_score_gradient(*args, "js")[0])
+
+
+@needs_gpu
+def test_gpu_graph_compile_and_stream():
+    """Captured in a CUDA graph after a first call, replayed on new values; on a side stream; under torch.compile; gradients."""
+    static, fresh = [a.cuda() for a in inputs((16, 3, 32, 32))], [a.cuda() for a in inputs((16, 3, 32, 32))]
+    weighted_score_gradient(*static, "js")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        g, loss = weighted_score_gradient(*static, "js")
+    for a, b in zip(static, fresh):
+        a.copy_(b)
+    graph.replay()
+    torch.testing.assert_close((g, loss), weighting_reference(*fresh, "js"))
+    with torch.cuda.stream(torch.cuda.Stream()):
+        assert torch.equal(weighted_score_gradient(*fresh, "js")[0], g)
+    torch.cuda.synchronize()
+    x = fresh[0].requires_grad_()
+    torch.compile(lambda x: weighted_score_gradient(x, *fresh[1:], "js")[1].sum(), fullgraph=True, backend="aot_eager")(x).backward()
+    torch.testing.assert_close(x.grad, g / 3072)
+    torch.library.opcheck(torch.ops.onestep.weighted_score_gradient.default, (x, *fresh[1:], "hellinger"))
