@@ -2,14 +2,14 @@
 What the five scripts share, in reading order; nothing here belongs to one method.
 
     1 command line   2 data   3 noise levels   4 networks   5 teachers and sampling
-    6 divergences and the weighting op   7 metrics   8 pictures   9 run folder
+    6 divergences and the weighting op   7 metrics   8 pictures   9 processes and run folder
 
 One currency everywhere: a *denoiser* D(x_t, sigma, label) -> x, the expected clean sample, with x_t (B, ...) noised by
 x_t = x + sigma * eps, sigma (B,), label one-hot (B, K) or None. A network, a closed-form mixture and a saved student are
 all denoisers and may stand in for one another. The score is (D(x_t, sigma) - x_t) / sigma^2.
 Importing this file does no work: it prints nothing, picks no device, compiles and downloads nothing.
 """
-import argparse, copy, csv, ctypes, dataclasses, difflib, hashlib, inspect, json, math, os, re, signal, sys, tarfile, time
+import argparse, copy, csv, ctypes, dataclasses, datetime, difflib, functools, hashlib, inspect, json, math, os, re, signal, sys, tarfile, time
 import urllib.error, urllib.request, warnings, weakref, zlib
 from collections import namedtuple
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -61,7 +62,8 @@ class Shared:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
-        print(f"{self.prog}: {message}", file=sys.stderr)
+        if not rank():
+            print(f"{self.prog}: {message}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -118,6 +120,10 @@ def check(cfg):
          f"--net {cfg.net} does not go with --data {cfg.data}: toys take mlp, images small, ddpmpp or adm"),
         (not toy and cfg.teacher == "exact", "--teacher exact needs a toy: images have no closed form; give a file, or nothing to fit one"),
         (toy and cfg.fid, "--fid is for images; a toy is measured by its energy coefficient without it"),
+        (cfg.batch % (processes() * (cfg.micro or 1)), f"--batch {cfg.batch} does not divide into {processes()} processes"
+         f"{f' times --micro {cfg.micro}' if cfg.micro else ''}; choose another --nproc_per_node"),
+        (processes() > 1 and pick_device(cfg).type == "cuda" and int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count(),
+         f"--nproc_per_node is more than the {torch.cuda.device_count()} GPUs of this machine"),
         (cfg.device == "cuda" and not torch.cuda.is_available(), "--device cuda: PyTorch sees no CUDA GPU here; leave --device away to use the CPU"),
     ):
         if bad:
@@ -128,19 +134,32 @@ def check(cfg):
 
 def main(Config, PRESETS, train, sample):
     """A script's command line: parse, then train or draw; bad input exits with 2 and one sentence, Ctrl-C with 130."""
+    join_processes()
     cfg = parse(Config, PRESETS)
+    if cfg.data in TOYS and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(torch.get_num_threads(), 4))          # small matrices do not feed more
     try:
-        draw(cfg, sample) if cfg.sample else train(cfg)
+        if not cfg.sample:
+            train(cfg)
+        elif not rank():
+            draw(cfg, sample)
+        any_process(False)                                  # nobody leaves before all are done
+    except LostProcess as e:
+        code, message = 1, str(e)
     except (UserError, OSError) as e:                       # OSError: a full disk, a folder that may not be written
         code, message = 2, str(e)
     except torch.OutOfMemoryError:
-        code, message = 2, f"the GPU's memory is full: lower --micro (now {cfg.micro or cfg.batch}), gradients stay the same"
+        code, message = 2, f"the GPU's memory is full: lower --micro (now {cfg.micro or cfg.batch // processes()}), gradients stay the same"
     except KeyboardInterrupt as e:
         code, message = 130, f"stopped; {e}" if str(e) else "stopped"
     else:
+        if processes() > 1:
+            dist.destroy_process_group()
         return
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    sys.exit(code)
+    if first_to_say():
+        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(code) if processes() > 1 else sys.exit(code)   # a normal exit may wait for what the others no longer send
 
 
 def pick_device(cfg):
@@ -260,7 +279,7 @@ def load_data(cfg):
     if cfg.data in TOYS:
         data = copy.deepcopy(TOYS[cfg.data]).to(pick_device(cfg))
     elif cfg.data == "cifar10":
-        rows = torch.from_numpy(_cifar10_rows(Path(cfg.data_dir))).to(pick_device(cfg))         # label, then 3x32x32
+        rows = torch.from_numpy(one_first(_cifar10_rows)(Path(cfg.data_dir))).to(pick_device(cfg))         # label, then 3x32x32
         data = Images(rows[:, 1:].reshape(-1, 3, 32, 32).contiguous(), rows[:, 0].long(), 10)
     else:
         raise UserError(f"unknown data set {cfg.data!r}: choose one of {', '.join([*TOYS, *IMAGES])}")
@@ -718,8 +737,8 @@ def fit_teacher(cfg, data):
     content = 0 if toy else zlib.crc32(data.images.cpu().numpy())
     key = hashlib.sha256(json.dumps([same, content]).encode()).hexdigest()[:8]
     fit = Shared(**same, out=f"runs/teacher-{cfg.data}-{key}", resume=True, device=cfg.device, compile=cfg.compile)
-    fit.micro = math.gcd(fit.batch, cfg.micro) or fit.batch
-    if (Path(fit.out) / "metrics.json").exists():
+    fit.micro = math.gcd(fit.batch // processes(), cfg.micro)
+    if any_process((Path(fit.out) / "metrics.json").exists()):
         return load_denoiser(fit.out, cfg)
     with torch.random.fork_rng([pick_device(cfg)] if pick_device(cfg).type == "cuda" else []):    # the caller's draws stay the same
         run = Run(fit, "teacher")
@@ -727,19 +746,21 @@ def fit_teacher(cfg, data):
         ema, opt = EMA(net, fit.ema), torch.optim.Adam(net.parameters(), fit.lr, fused=True)
         for _ in run.steps(dict(net=net, ema=ema, opt=opt)):
             set_lr(opt, fit.lr * lr_factor(run.progress, warmup=0.05, decay=0.7))
-            for _ in range(fit.batch // fit.micro):
-                x, label = data.sample(fit.micro)
-                sigma = karras(torch.rand(len(x), device=x.device), fit.sigma_min, fit.sigma_max) if toy else \
-                    lognormal_sigma(len(x), device=x.device)
-                x_t = x + bcast(sigma, x) * torch.randn_like(x)
+            x, label = data.sample(fit.batch)
+            sigma = karras(torch.rand(len(x), device=x.device), fit.sigma_min, fit.sigma_max) if toy else \
+                lognormal_sigma(len(x), device=x.device)
+            for x, label, sigma, eps in run.parts(x, label, sigma, torch.randn_like(x)):
+                x_t = x + bcast(sigma, x) * eps
                 target = data.denoise(x_t, sigma, label) if toy else x          # a toy knows the best answer, images only x
                 loss = denoising_loss(net(x_t, sigma, label), target, sigma, data.sigma_data).mean()
-                (loss * fit.micro / fit.batch).backward()
+                (loss * run.micro / fit.batch).backward()
+            run.add_gradients(opt)
             opt.step()
             opt.zero_grad()
             ema.update(net)
             run.log(loss=loss)
         run.finish(dict(steps=fit.steps))
+        any_process(False)                                  # its files are there
     return load_denoiser(fit.out, cfg)
 
 
@@ -1123,6 +1144,8 @@ def image_metrics(cfg, data, samplers):
 def report(run, data, teacher, draw):
     """Measure the finished student draw(n, label) -> x, write metrics.json, print figures and where things are; returns them."""
     cfg, start = run.cfg, time.time()
+    if rank():                                              # the first process measures
+        return {}
     with torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):
         torch.manual_seed(cfg.seed)
         if cfg.data in TOYS:
@@ -1139,7 +1162,8 @@ def report(run, data, teacher, draw):
             metrics, line = {}, "no FID was measured; --fid FILE does it"
     run.finish(metrics)
     print(f"{run.dir}/samples.png   more samples: python {run.script}.py --sample {run.dir} --samples 64")
-    print(f"{run.script} {cfg.data} seed {cfg.seed}, {cfg.steps} steps in {run.seconds:.0f} s (+ {time.time() - start:.0f} s to measure): {line}")
+    print(f"{run.script} {cfg.data} seed {cfg.seed}, {cfg.steps} steps in {run.seconds:.0f} s (+ {time.time() - start:.0f} s to measure), "
+          f"peak memory {run.peak:.1f} GiB: {line}")
     return metrics
 
 
@@ -1181,7 +1205,80 @@ def gallery(cfg, data, teacher, n=None):
     return {f"data: {cfg.data}": x, f"teacher, {2 * steps - 1} network calls": fine}, z, label
 
 
-# ---- 9. run folder ---------------------------------------------------------------------------------------------------
+# ---- 9. processes and run folder -------------------------------------------------------------------------------------
+# Under torchrun every process draws the random numbers of the whole batch, from the same seed, and works on its share; the
+# gradients are added up before each optimiser step, so weights stay the same everywhere and N processes do what one does.
+# Only the first process writes. Flags and waiting go through gloo on the CPU: they never make a GPU wait.
+
+
+class LostProcess(BaseException):
+    """Another process of this run is gone."""
+
+
+def processes():
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank():
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def join_processes():
+    """Under torchrun: join the other processes, by NCCL between GPUs, one each, and gloo between CPUs; only the first one prints."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or not dist.is_available() or dist.is_initialized():
+        return
+    gpus = torch.cuda.device_count()
+    if gpus:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % gpus)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=datetime.timedelta(days=2))    # one may measure for long
+    signal.signal(signal.SIGTERM, lambda *_: _lost())       # torchrun's way to end the others when one process has died
+    if rank():
+        sys.stdout = open(os.devnull, "w")
+
+
+def _lost(*_):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)           # said once is enough
+    raise LostProcess("another process of this run died, or torchrun was told to stop; the last checkpoint is whole: continue with --resume")
+
+
+def all_reduce(t, **kw):
+    """dist.all_reduce in place; LostProcess if a process no longer answers."""
+    if processes() > 1:
+        try:
+            dist.all_reduce(t, **kw)
+        except RuntimeError as e:
+            _lost(e)
+    return t
+
+
+def any_process(flag):
+    """True in every process if `flag` is in one. All wait here for each other."""
+    return bool(all_reduce(torch.tensor(float(flag)), op=dist.ReduceOp.MAX)) if processes() > 1 else bool(flag)
+
+
+def one_first(function):
+    """`function` run by the first process alone and by the others after it: they find the files that it made."""
+    @functools.wraps(function)
+    def in_turn(*args, **kw):
+        if rank():
+            any_process(False)
+        out = function(*args, **kw)
+        if not rank():
+            any_process(False)
+        return out
+    return in_turn
+
+
+def first_to_say():
+    """True for the first process of a run that has something to say at its end, so that it is said once."""
+    if processes() == 1:
+        return True
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:                                                    # torchrun's own store, which outlives the processes
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=datetime.timedelta(seconds=5))
+        return store.add("onestep/said", 1) == 1
+    except RuntimeError:
+        return True
 
 
 def write_atomically(path, write):
@@ -1216,7 +1313,15 @@ class Run:
         self.cfg, self.script, self.device = cfg, script, pick_device(cfg)
         self.dir = Path(cfg.out or f"runs/{script}-{cfg.data}-{cfg.seed}")
         self.step, self.rows, self.seconds, self.began = 0, [], 0.0, time.time()
-        now = json.loads(json.dumps(dataclasses.asdict(cfg)))
+        self.micro = cfg.micro or cfg.batch // processes()          # samples per forward pass
+        if not rank():
+            self._open(json.loads(json.dumps(dataclasses.asdict(cfg))))
+        any_process(False)                                  # the others look into the folder only now
+        torch.manual_seed(cfg.seed)
+
+    def _open(self, now):
+        """Refuse, continue, set aside or make the folder of a run with the settings `now`."""
+        cfg = self.cfg
         self._claim()
         names = {p.name for p in self.dir.iterdir() if p.suffix != ".part"}
         if "config.json" in names and names <= {"config.json", "log.csv", "samples", "samples.png"}:
@@ -1238,9 +1343,8 @@ class Run:
         for part in self.dir.glob("**/*.part"):              # what a kill in the middle of a write left behind
             part.unlink()
         gpu = torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"
-        now["about"] = dict(script=script, torch=torch.__version__, device=gpu)
+        now["about"] = dict(script=self.script, torch=torch.__version__, device=gpu, processes=processes())
         write_atomically(self.dir / "config.json", lambda f: f.write(json.dumps(now, indent=1).encode()))
-        torch.manual_seed(cfg.seed)
 
     def _claim(self):
         """Lock the folder while this process works in it: a second run is refused, a second fit of a teacher waits."""
@@ -1254,6 +1358,26 @@ class Run:
             fcntl.flock(folder, fcntl.LOCK_EX | (0 if self.script == "teacher" else fcntl.LOCK_NB))
         except BlockingIOError:
             raise UserError(f"another process is working in {self.dir}; wait for it, or choose another --out")
+
+    def parts(self, *batch):
+        """This process's share of the batch's tensors (B, ...), in parts of --micro; a None stays None."""
+        share = len(batch[0]) // processes()
+        return micro_batches(self.micro, *(t if t is None else t[rank() * share:(rank() + 1) * share] for t in batch))
+
+    def whole(self, share):
+        """The whole batch (B, ...) from the share (B / processes, ...) of each process: for statistics of the batch."""
+        if processes() == 1:
+            return share
+        out = share.new_zeros(processes(), *share.shape)
+        out[rank()] = share
+        return all_reduce(out).flatten(0, 1)
+
+    def add_gradients(self, optimizer):
+        """Sum the gradients that the processes have found on their shares, before the optimiser's step."""
+        if processes() > 1:
+            grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            total = all_reduce(torch.cat([g.flatten() for g in grads])).split([g.numel() for g in grads])
+            torch._foreach_copy_(grads, [t.view(g.shape) for t, g in zip(total, grads)])
 
     @property
     def progress(self):
@@ -1270,7 +1394,7 @@ class Run:
             self._restore()
 
         def on_interrupt(*_):
-            if self.interrupted:
+            if self.interrupted and processes() == 1:       # torchrun may pass on what the terminal has sent already
                 raise KeyboardInterrupt
             self.interrupted = True
         try:
@@ -1279,13 +1403,15 @@ class Run:
             before = None
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)         # a teacher fitted before does not count
-        self.began, bar = time.time() - self.seconds, tqdm(total=self.cfg.steps, initial=self.step, desc=self.script)
+        self.began, bar = time.time() - self.seconds, tqdm(total=self.cfg.steps, initial=self.step, desc=self.script,
+                                                              disable=rank() > 0)
         try:
             while self.step < self.cfg.steps:
                 self.bar = bar
                 yield self.step
                 self.step += 1
                 bar.update()
+                self.interrupted = any_process(self.interrupted)
                 if len(self.rows) >= 50 or self.step == self.cfg.steps:
                     self.flush()
                 if self.step % self.cfg.every == 0 or self.step == self.cfg.steps or self.interrupted:
@@ -1311,11 +1437,14 @@ class Run:
         if not self.rows:
             return
         names = list(self.rows[0][1])
-        table = torch.stack([torch.stack([row[k].float().to(self.device) for k in names]) for _, row in self.rows]).cpu()
+        table = torch.stack([torch.stack([row[k].float().to(self.device) for k in names]) for _, row in self.rows])
+        table = (all_reduce(table) / processes()).cpu()
         for i, j in (~table.isfinite()).nonzero()[:1].tolist():
             kept = f"the checkpoint before it is in {self.dir}" if (self.dir / "last.pt").exists() else "nothing was saved yet"
             raise UserError(f"{names[j]} became {table[i, j]} at step {self.rows[i][0]}; {kept}; a lower --lr may help")
         means, self.rows = table.mean(0).tolist(), []
+        if rank():
+            return
         self.bar.set_postfix_str(" ".join(f"{k} {v:.3g}" for k, v in zip(names, means)))
         new = not (self.dir / "log.csv").exists()
         with open(self.dir / "log.csv", "a", newline="") as f:
@@ -1325,6 +1454,8 @@ class Run:
 
     def show(self, panels):
         """samples/<step>.png and samples.png from {title: samples}."""
+        if rank():
+            return
         path = self.dir / "samples" / f"{self.step + 1:07d}.png"
         save_picture(path, panels)
         write_atomically(self.dir / "samples.png", lambda f: f.write(path.read_bytes()))
@@ -1339,8 +1470,10 @@ class Run:
         rng = [torch.get_rng_state()] + ([torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else [])
         everything = dict(step=self.step, seconds=time.time() - self.began, rng=rng,
                           state={k: v if torch.is_tensor(v) else v.state_dict() for k, v in self.state.items()})
-        write_atomically(self.dir / "ema.pt", lambda f: torch.save(pack_denoiser(self.state["ema"].model, self.cfg), f))
-        write_atomically(self.dir / "last.pt", lambda f: torch.save(everything, f))
+        if not rank():
+            write_atomically(self.dir / "ema.pt", lambda f: torch.save(pack_denoiser(self.state["ema"].model, self.cfg), f))
+            write_atomically(self.dir / "last.pt", lambda f: torch.save(everything, f))
+        any_process(False)                                  # nobody leaves, and is missed, before it is written
 
     def _restore(self):
         try:
@@ -1354,19 +1487,22 @@ class Run:
         except Exception as e:
             raise UserError(f"{self.dir}/last.pt is damaged or of another version ({type(e).__name__}); choose another --out to start afresh")
         log = self.dir / "log.csv"
-        if log.exists():                                    # rows after the checkpoint will be written again
+        if log.exists() and not rank():                                    # rows after the checkpoint will be written again
             lines = log.read_text().splitlines()
             keep = lines[:1] + [r for r in lines[1:] if r.split(",")[0].isdigit() and int(r.split(",")[0]) <= self.step]
             write_atomically(log, lambda f: f.write("".join(r + "\n" for r in keep).encode()))
 
     def finish(self, metrics):
         """metrics.json: the measured figures with sample count, training seconds, peak memory and machine."""
+        if rank():
+            return
         if self.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self.device) / 2**30
         else:
             import resource
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
-        about = dict(step=self.step, train_seconds=round(self.seconds, 1), peak_gib=round(peak, 2), device=str(self.device), torch=torch.__version__)
+        self.peak = peak
+        about = dict(step=self.step, train_seconds=round(self.seconds, 1), peak_gib=round(peak, 2), processes=processes(), device=str(self.device), torch=torch.__version__)
         write_atomically(self.dir / "metrics.json", lambda f: f.write(json.dumps({**metrics, **about}, indent=1).encode()))
         self.release()
 

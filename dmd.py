@@ -36,7 +36,7 @@ from torch.nn.utils import parametrize
 from tqdm import tqdm
 
 from common import (EMA, TOYS, GaussianMixture, Run, Shared, UserError, bcast, denoising_loss, gallery, heun_sample,
-                    initial_student, karras, load_data, load_teacher, lr_factor, main, micro_batches, report, set_lr,
+                    initial_student, karras, load_data, load_teacher, lr_factor, main, micro_batches, one_first, report, set_lr,
                     weighted_score_gradient, write_atomically)
 
 
@@ -258,8 +258,8 @@ def train(cfg):
     opt_fake = torch.optim.Adam(critic, betas=(0.0, 0.99), fused=True)
     state = dict(G=G, fake=fake, disc=disc, ema=ema, opt_G=opt_G, opt_fake=opt_fake)
     panels, z_show, label_show = gallery(cfg, data, teacher)
-    pairs = teacher_pairs(cfg, teacher, data, run.device) if cfg.variant == "dmd" else None
-    micro, sigmas = cfg.micro or cfg.batch, student_sigmas(cfg.steps_student, G)
+    pairs = one_first(teacher_pairs)(cfg, teacher, data, run.device) if cfg.variant == "dmd" else None
+    micro, sigmas = run.micro, student_sigmas(cfg.steps_student, G)
     z_show = draw(len(z_show), source, run.device, cfg.steps_student)[0] if cfg.steps_student > 1 else z_show[:, None]
     adversarial = cfg.variant == "dmd2" and cfg.gan_weight > 0                  # the only one that looks at data
     fake_updates = cfg.fake_updates if cfg.variant == "dmd2" else 1
@@ -275,7 +275,7 @@ def train(cfg):
             z, label, u, eps = draw(cfg.batch, source, run.device, calls)
             real, label = source.sample(cfg.batch) if adversarial else (eps, label)     # same label and noise level for both
             sigma, eps_real = karras(u, cfg.sigma_min, cfg.sigma_max), torch.randn_like(eps)
-            for z, label, sigma, eps, real, eps_real in micro_batches(micro, z, label, sigma, eps, real, eps_real):
+            for z, label, sigma, eps, real, eps_real in run.parts(z, label, sigma, eps, real, eps_real):
                 with torch.no_grad():
                     x = roll_out(G, z, label, sigmas)
                 d_fake, logit = look(x + bcast(sigma, x) * eps, sigma, label, fake, disc)
@@ -285,6 +285,7 @@ def train(cfg):
                     feature = fake(real + bcast(sigma, x) * eps_real, sigma, label, features="only")
                     loss_disc = discriminator_loss(disc(feature)[:, 0], logit).mean()
                 ((loss_fake + cfg.disc_weight * loss_disc) * micro / cfg.batch).backward()
+            run.add_gradients(opt_fake)
             opt_fake.step()
             opt_fake.zero_grad()
 
@@ -296,7 +297,7 @@ def train(cfg):
             views = exact_fake(G, source, run.device, calls, sigmas), data if adversarial else None
         for p in critic:
             p.requires_grad_(False)
-        for z, label, u, eps, pick in micro_batches(micro, z, label, u, eps, pick):
+        for z, label, u, eps, pick in run.parts(z, label, u, eps, pick):
             sigma = karras(u, cfg.sigma_min, cfg.sigma_max)
             x = roll_out(G, z, label, sigmas)
             x_t = x + bcast(sigma, x) * eps
@@ -315,6 +316,7 @@ def train(cfg):
                 losses.update(reg=regression_loss(roll_out(G, z[:, None], label, sigmas), y, cfg.distance).mean())
             weights = dict(gan=cfg.gan_weight, reg=cfg.reg_weight)
             (sum(weights.get(name, 1) * loss for name, loss in losses.items()) * micro / cfg.batch).backward()
+        run.add_gradients(opt_G)
         opt_G.step()
         opt_G.zero_grad()
         ema.update(G)

@@ -152,7 +152,7 @@ def train(cfg):
     opt_fake = torch.optim.Adam([*fake.parameters(), *disc.parameters()], betas=(0.0, 0.99), fused=True)
     state = dict(G=G, fake=fake, disc=disc, ema=ema, opt_G=opt_G, opt_fake=opt_fake, bin_means=torch.ones(cfg.bins, device=run.device))
     panels, z_show, label_show = gallery(cfg, data, teacher)
-    micro, h = cfg.micro or cfg.batch, F_DIVERGENCES[cfg.divergence].h
+    micro, h = run.micro, F_DIVERGENCES[cfg.divergence].h
     adversarial = cfg.gan_weight > 0 or cfg.divergence != "rkl"             # reverse KL alone needs no ratio, hence no data
 
     for step in run.steps(state):
@@ -165,7 +165,7 @@ def train(cfg):
             z, label, u, eps = draw(cfg.batch, data, run.device)
             real, label = data.sample(cfg.batch) if adversarial else (z, label)     # same label and noise level for both
             sigma, eps_real = karras(u, cfg.sigma_min, cfg.sigma_max), torch.randn_like(z)
-            for z, label, sigma, eps, real, eps_real in micro_batches(micro, z, label, sigma, eps, real, eps_real):
+            for z, label, sigma, eps, real, eps_real in run.parts(z, label, sigma, eps, real, eps_real):
                 with torch.no_grad():
                     x = generate(G, z, label)
                 d_fake, logit = look(x + bcast(sigma, x) * eps, sigma, label, fake, disc)
@@ -175,12 +175,13 @@ def train(cfg):
                     feature = fake(real + bcast(sigma, x) * eps_real, sigma, label, features="only")
                     loss_disc = discriminator_loss(disc(feature)[:, 0], logit).mean()
                 ((loss_fake + cfg.disc_weight * loss_disc) * micro / cfg.batch).backward()
+            run.add_gradients(opt_fake)
             opt_fake.step()
             opt_fake.zero_grad()
 
         # 2. look at fresh samples through teacher, fake score and discriminator; weights need the ratios of the whole batch
         z, label, u, eps = draw(cfg.batch, data, run.device)
-        parts, views = list(micro_batches(micro, z, label, karras(u, cfg.sigma_min, cfg.sigma_max), eps)), []
+        parts, views = list(run.parts(z, label, karras(u, cfg.sigma_min, cfg.sigma_max), eps)), []
         critic = (fake, disc) if cfg.fake == "learned" else (exact_fake(G, data, run.device), data)
         fake.requires_grad_(False), disc.requires_grad_(False)
         for z, label, sigma, eps in parts:
@@ -191,12 +192,12 @@ def train(cfg):
                 d_fake, logit = look(x_t, sigma, label, *critic)
             with torch.no_grad():
                 views.append((x, teacher(x_t, sigma, label), d_fake.detach(), logit))
-        r = density_ratio(torch.cat([logit for *_, logit in views]))
+        r = density_ratio(run.whole(torch.cat([logit.detach() for *_, logit in views])))
         r = balance_ratio(r, u, state["bin_means"], cfg.ratio_ema)                                               # (B,)
 
         # 3. move the student
         h_mean = h(r).mean()
-        for (z, label, sigma, eps), (x, d_real, d_fake, logit), r_part in zip(parts, views, r.split(micro)):
+        for (z, label, sigma, eps), (x, d_real, d_fake, logit), (r_part,) in zip(parts, views, run.parts(r)):
             if len(parts) > 1:
                 x = generate(G, z, label)
                 if cfg.gan_weight > 0:
@@ -204,6 +205,7 @@ def train(cfg):
             loss_f = f_distill_loss(x, d_real, d_fake, r_part, cfg.divergence, h_mean).mean()
             loss_gan = gan_loss(logit).mean()
             ((loss_f + cfg.gan_weight * loss_gan if cfg.gan_weight > 0 else loss_f) * micro / cfg.batch).backward()
+        run.add_gradients(opt_G)
         opt_G.step()
         opt_G.zero_grad()
         ema.update(G)

@@ -116,7 +116,7 @@ def train(cfg):
     opt_fake = torch.optim.Adam(fake.parameters(), betas=(0.0, 0.99), fused=True)
     state = dict(G=G, fake=fake, ema=ema, opt_G=opt_G, opt_fake=opt_fake)
     panels, z_show, label_show = gallery(cfg, data, teacher)
-    micro = cfg.micro or cfg.batch
+    micro = run.micro
 
     for step in run.steps(state):
         factor = lr_factor(run.progress)
@@ -127,23 +127,25 @@ def train(cfg):
         for _ in range(cfg.fake_updates if cfg.fake == "learned" else 0):
             z, label, _, eps = draw(cfg.batch, data, run.device)
             sigma = lognormal_sigma(cfg.batch, device=run.device)
-            for z, label, sigma, eps in micro_batches(micro, z, label, sigma, eps):
+            for z, label, sigma, eps in run.parts(z, label, sigma, eps):
                 with torch.no_grad():
                     x = generate(G, z, label)
                 loss_fake = fake_score_loss(x, fake(x + bcast(sigma, x) * eps, sigma, label), sigma, data.sigma_data).mean()
                 (loss_fake * micro / cfg.batch).backward()
+            run.add_gradients(opt_fake)
             opt_fake.step()
             opt_fake.zero_grad()
 
         # 2. move the student; gradients pass through x_t into both networks, of which only the parameters are frozen
         z, label, u, eps = draw(cfg.batch, data, run.device)
         critic = fake.requires_grad_(False) if cfg.fake == "learned" else exact_fake(G, data, run.device)
-        for z, label, sigma, eps in micro_batches(micro, z, label, karras(cfg.u_max * u, cfg.sigma_min, cfg.sigma_max), eps):
+        for z, label, sigma, eps in run.parts(z, label, karras(cfg.u_max * u, cfg.sigma_min, cfg.sigma_max), eps):
             x = generate(G, z, label)
             x_t = x + bcast(sigma, x) * eps
             d_real, d_fake = teacher(x_t, sigma, label), critic(x_t, sigma, label)
             loss = sim_loss(x, d_real, d_fake, cfg.distance, cfg.c, cfg.alpha).mean()
             (loss * micro / cfg.batch).backward()
+        run.add_gradients(opt_G)
         opt_G.step()
         opt_G.zero_grad()
         ema.update(G)
