@@ -156,8 +156,8 @@ def main(Config, PRESETS, train, sample):
         if processes() > 1:
             dist.destroy_process_group()
         return
-    if first_to_say():
-        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
+    if first_to_say():                                      # code 1 comes in the middle of a progress bar's line
+        print("\n" * (code == 1) + f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(code) if processes() > 1 else sys.exit(code)   # a normal exit may wait for what the others no longer send
 
@@ -740,6 +740,8 @@ def fit_teacher(cfg, data):
     fit.micro = math.gcd(fit.batch // processes(), cfg.micro)
     if any_process((Path(fit.out) / "metrics.json").exists()):
         return load_denoiser(fit.out, cfg)
+    if fit.batch % processes():
+        raise UserError(f"the teacher's batch of {fit.batch} does not divide into {processes()} processes; fit it with one process first")
     with torch.random.fork_rng([pick_device(cfg)] if pick_device(cfg).type == "cuda" else []):    # the caller's draws stay the same
         run = Run(fit, "teacher")
         net = build(fit, data.shape, data.label_dim, data.sigma_data)
