@@ -11,7 +11,6 @@ and backward per critic update, which the second ratio includes. Each pass is me
 import contextlib
 import io
 import os
-import resource
 import sys
 import tempfile
 import time

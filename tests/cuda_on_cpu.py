@@ -118,7 +118,7 @@ CDLL = ctypes.CDLL                                  # the real one: a test puts 
 
 
 class Driver:
-    """cuModuleLoadData, cuModuleGetFunction and cuLaunchKernel; `resident` blocks run at a time."""
+    """cuModuleLoadData, cuModuleGetFunction and cuLaunchKernel; `resident` blocks run at a time. g++ writes to `folder`."""
 
     def __init__(self, folder, resident=16):
         self.folder, self.resident, self.launches, self.modules = Path(folder), resident, [], {}
@@ -131,8 +131,9 @@ class Driver:
             text = text.replace(asm, plain)
         defines, kernel = text.split("\n#if defined(BF16)")
         path = self.folder / hashlib.sha256(source).hexdigest()[:16]
-        path.with_suffix(".cpp").write_text(f"{HEADERS}\n{defines}\n{SHIM}\n#if defined(BF16){kernel}\n{RUN}")
-        subprocess.run(["g++", "-O1", "-ffp-contract=off", "-w", "-shared", "-fPIC", "-o", path.with_suffix(".so"), path.with_suffix(".cpp")], check=True)
+        if not path.with_suffix(".so").exists():
+            path.with_suffix(".cpp").write_text(f"{HEADERS}\n{defines}\n{SHIM}\n#if defined(BF16){kernel}\n{RUN}")
+            subprocess.run(["g++", "-O1", "-D_GLIBCXX_INCLUDE_NEXT_C_HEADERS", "-ffp-contract=off", "-w", "-shared", "-fPIC", "-o", path.with_suffix(".so"), path.with_suffix(".cpp")], check=True)
         self.modules[len(self.modules) + 1] = CDLL(str(path.with_suffix(".so")))
         module._obj.value = len(self.modules)
         return 0

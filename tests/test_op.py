@@ -148,12 +148,17 @@ def has_nvrtc():
         return False
 
 
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    return tmp_path_factory.mktemp("compiled")
+
+
 @pytest.fixture
-def cpu_driver(monkeypatch, tmp_path):
+def cpu_driver(monkeypatch, compiled):
     """weighting_cuda takes CPU tensors and launches through tests/cuda_on_cpu.py; everything else is its own code."""
     if not shutil.which("g++"):
         pytest.skip("needs g++ to run the kernel on the CPU")
-    driver = Driver(tmp_path)
+    driver = Driver(compiled)
     monkeypatch.setattr(common, "_kernels", {})
     monkeypatch.setattr(common, "nvrtc", lambda source, arch: (source.encode(), ""))
     monkeypatch.setattr(ctypes, "CDLL", lambda name: driver if name == "libcuda.so.1" else CDLL(name))
