@@ -828,7 +828,7 @@ def weighting_reference(x, d_real, d_fake, log_ratio, divergence):
 # registers between the sum that needs all of the sample and the product that needs the sum: so nothing is read twice.
 # A toy's sample is one thread's work, an image a whole block's; one too large for the registers of a block is shared by SPLIT
 # blocks, each of which waits for the others' sums. Elements may lie in any order, as long as all tensors share it.
-# Checked on CPUs only so far: run thread by thread against the reference (tests/test_op.py), and compiled by NVRTC.
+# NOT YET RUN ON A GPU: its text was run on CPUs, thread by thread, against the reference (tests/test_op.py), and compiled by NVRTC.
 WEIGHTING_CUDA = r"""
 #if defined(BF16)                                   // the upper half of a float, rounded to nearest, ties to even
 typedef unsigned short T;
@@ -932,8 +932,8 @@ _kernels = {}                                       # (device, constants) -> (li
 
 def nvrtc(source, arch):
     """(machine code, compiler's log) of CUDA source for an arch like "sm_90", by the NVRTC that comes with PyTorch's CUDA build."""
-    places = sorted(map(str, Path(torch.__file__).parents[1].glob("nvidia/*/lib/libnvrtc.so.*")))
-    for name in [f"libnvrtc.so.{(torch.version.cuda or '0').split('.')[0]}", *places, "libnvrtc.so"]:
+    name = "libnvrtc.so." + (torch.version.cuda or "").split(".")[0]                # loaded already, or in one of pip's folders
+    for name in [name, *map(str, Path(torch.__file__).parents[1].glob(f"nvidia/*/lib/{name}*")), "libnvrtc.so"]:
         try:
             lib = ctypes.CDLL(name)
             break
@@ -1005,7 +1005,8 @@ def weighting_cuda(x, d_real, d_fake, log_ratio, divergence):
         error = cuda.cuLaunchKernel(function, blocks, 1, 1, threads, 1, 1, 0, ctypes.c_void_p(torch.cuda.current_stream().cuda_stream),
                                     (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values)), None)
     if error:
-        raise RuntimeError(f"the weighting kernel could not be started (CUDA driver error {error})")
+        _kernels[key] = _no_kernel(f"CUDA driver error {error} at its start")
+        return None
     return out if g is out else out.copy_(g), loss[:, 0] if split == 1 else loss.sum(1)
 
 
@@ -1015,11 +1016,13 @@ def _load_kernel(source, arch):
         module, function = ctypes.c_void_p(), ctypes.c_void_p()
         error = cuda.cuModuleLoadData(ctypes.byref(module), code) or \
             cuda.cuModuleGetFunction(ctypes.byref(function), module, b"weighted_score_gradient")
-        if error:
-            raise RuntimeError(f"CUDA driver error {error}")
-        return cuda, function
+        return _no_kernel(f"CUDA driver error {error} when it was loaded") if error else (cuda, function)
     except (OSError, RuntimeError, AttributeError) as e:            # AttributeError: a library without these functions
-        warnings.warn(f"the weighting op runs in plain PyTorch, its CUDA kernel could not be compiled: {e}")
+        return _no_kernel(e)
+
+
+def _no_kernel(why):
+    warnings.warn(f"the weighting op runs in plain PyTorch, its CUDA kernel does not work here: {why}")
 
 
 @_weighting_op.register_fake

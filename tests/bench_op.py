@@ -19,25 +19,27 @@ import common
 from common import CUDA_DTYPES, nvrtc, weighted_score_gradient, weighting_constants, weighting_reference, weighting_source
 
 GPU = torch.cuda.is_available()
-CASES = [("toy", (4096, 2), torch.float32), ("3x32x32", (512, 3, 32, 32), torch.float32), ("3x32x32", (512, 3, 32, 32), torch.bfloat16),
-         ("3x64x64", (512, 3, 64, 64), torch.float32), ("3x64x64", (512, 3, 64, 64), torch.bfloat16), ("3x256x256", (64, 3, 256, 256), torch.float32),
-         ("3x256x256", (64, 3, 256, 256), torch.bfloat16)]
+CASES = [(name, shape, dtype) for name, shape in (("toy", (4096, 2)), ("3x32x32", (512, 3, 32, 32)), ("3x64x64", (512, 3, 64, 64)),
+                                                  ("3x256x256", (64, 3, 256, 256))) for dtype in (torch.float32, torch.bfloat16)]
+SIZES = {"toy": 2, "3x32x32": 3072, "3x64x64": 12288, "4x64x64": 16384, "3x256x256": 196608, "odd: 3x93x101": 28179}
+ARCHS = ["sm_80", "sm_90", "sm_100", "sm_120"]
 
 
 def registers():
     """What NVRTC says of the kernel: registers of a thread and bytes spilled to memory, for each generation of GPUs."""
-    print("| case | dtype | threads a sample | blocks a sample | elements a thread | " + " | ".join(archs := ["sm_80", "sm_90", "sm_100", "sm_120"]) + " |")
+    print(f"| case | dtype | threads a sample | blocks a sample | elements a thread | {' | '.join(ARCHS)} |")
     print("|---|---|---|---|---|---|---|---|---|")
-    for name, size in dict(toy=2, **{"3x32x32": 3072, "3x64x64": 12288, "4x64x64": 16384, "3x256x256": 196608, "odd: 3x93x101": 28179}).items():
+    for name, size in SIZES.items():
         for dtype in CUDA_DTYPES:
             vec = next(v for v in (8, 4, 2, 1) if v * dtype.itemsize <= 16 and size % v == 0)
             constants, cells = weighting_constants(dtype, "js", size, vec), []
-            for arch in archs:
+            for arch in ARCHS:
                 start = time.time()
                 log = nvrtc(weighting_source(constants), arch)[1]
-                used, spilled = int(re.search(r"Used (\d+) registers", log)[1]), int(re.search(r"(\d+) bytes spill stores", log)[1])
+                used, spilled = re.search(r"Used (\d+) registers", log)[1], re.search(r"(\d+) bytes spill stores", log)[1]
                 cells.append(f"{used} registers, {spilled} spilled, {time.time() - start:.2f} s")
-            print(f"| {name} | {str(dtype)[6:]} | {constants['GROUP']} | {constants['SPLIT']} | {constants['KEEP'] * vec} | {' | '.join(cells)} |", flush=True)
+            print(f"| {name} | {str(dtype)[6:]} | {constants['GROUP']} | {constants['SPLIT']} | {constants['KEEP'] * vec} | "
+                  f"{' | '.join(cells)} |", flush=True)
 
 
 def seconds(call, buffers):
@@ -103,26 +105,29 @@ def main():
         print(f"no figures of the compiler: {e}")
     big = torch.randn(2**28 if GPU else 2**24, device=device)
     copy = 2 * big.nbytes / seconds(lambda a, b: b.copy_(a), [(big, torch.empty_like(big))])
-    del big
-    print(f"\ncopy bandwidth {copy / 1e9:.0f} GB/s" + ("" if GPU else "; no GPU here: eager PyTorch on the CPU only, the kernel and torch.compile were not timed"))
-    fused = dict(fused=lambda *a: weighted_score_gradient(*a, "js")) if GPU else {}
-    compiled, compiled_pair = (torch.compile(f, dynamic=False) for f in (weighting_reference, eager))
-    print("| case | dtype | op | forward, us | over the first | bandwidth | forward + backward, us | over the first | host, us |\n|---|---|---|---|---|---|---|---|---|")
-    for name, shape, dtype in CASES if GPU else CASES[:2]:
-        nbytes = 4 * torch.Size(shape).numel() * dtype.itemsize
+    print(f"\ncopy bandwidth {copy / 1e9:.0f} GB/s")
+    ops = {"eager": (weighting_reference, eager)}
+    if GPU:
+        compiled = tuple(torch.compile(f, dynamic=False) for f in (weighting_reference, eager))
+        ops = {"fused": (weighted_score_gradient, weighted_score_gradient), **ops, "torch.compile": compiled}
+    else:
+        print("no GPU here: only eager PyTorch on the CPU was timed, neither the kernel nor torch.compile")
+    print("| case | dtype | op | forward, us | over the first | bandwidth | forward + backward, us | over the first | host, us |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for name, shape, dtype in CASES if GPU else CASES[:4:2]:
+        nbytes, first = 4 * torch.Size(shape).numel() * dtype.itemsize, None
         make = lambda: (*(torch.randn(shape, device=device).to(dtype) for _ in range(3)), torch.randn(shape[0], device=device))
-        buffers = [make() for _ in range(max(1, min(20, 2**28 // nbytes)))] if GPU else [make()]
-        first = None
-        for label, op, pair in (*(("fused", f, weighted_score_gradient) for f in fused.values()), ("eager", lambda *a: weighting_reference(*a, "js"), eager),
-                                *((("torch.compile", lambda *a: compiled(*a, "js"), compiled_pair),) if GPU else ())):
+        buffers = [make() for _ in range(max(1, min(20, 2**28 // nbytes)) if GPU else 1)]
+        for label, (op, pair) in ops.items():
+            forward, row = (lambda *a: op(*a, "js")), f"| {name} B={shape[0]} | {str(dtype)[6:]} | {label} "
             try:
-                t, t2 = seconds(op, buffers), seconds(both(pair), buffers)
+                t, t2, t3 = seconds(forward, buffers), seconds(both(pair), buffers), host(forward, buffers[0])
             except Exception as e:                          # no Triton
-                print(f"| {name} | {str(dtype)[6:]} | {label} | {type(e).__name__}: {str(e).splitlines()[0][:60]} |")
+                print(f"{row}| {type(e).__name__}: {str(e).splitlines()[0][:60]} |")
                 continue
             first = first or (t, t2)
-            print(f"| {name} B={shape[0]} | {str(dtype)[6:]} | {label} | {t * 1e6:.1f} | {t / first[0]:.2f} | {nbytes / t / copy:.0%} | "
-                  f"{t2 * 1e6:.1f} | {t2 / first[1]:.2f} | {host(op, buffers[0]) * 1e6:.0f} |", flush=True)
+            print(f"{row}| {t * 1e6:.1f} | {t / first[0]:.2f} | {nbytes / t / copy:.0%} | {t2 * 1e6:.1f} | {t2 / first[1]:.2f} | {t3 * 1e6:.0f} |",
+                  flush=True)
 
 
 if __name__ == "__main__":

@@ -67,7 +67,8 @@ def bench(name, module, timed, **kw):
     k, adversarial = cfg.fake_updates, cfg.gan_weight > 0 or getattr(cfg, "divergence", "rkl") != "rkl"
     floor = k * (forward + both) + both + 2 * forward + (to_input if cfg.gan_weight else 0)
     with_data = floor + (k * encoder_both if adversarial else 0)
-    print(f"| {name} | {1 / seconds:.2f} | {cfg.batch / seconds:.0f} | {step / 1e9:.2f} | {step / floor:.3f} | {step / with_data:.3f} | {short.peak:.2f} |", flush=True)
+    print(f"| {name} | {1 / seconds:.2f} | {cfg.batch / seconds:.0f} | {step / 1e9:.2f} | {step / floor:.3f} | {step / with_data:.3f} | "
+          f"{short.peak:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -133,7 +133,8 @@ class Driver:
         path = self.folder / hashlib.sha256(source).hexdigest()[:16]
         if not path.with_suffix(".so").exists():
             path.with_suffix(".cpp").write_text(f"{HEADERS}\n{defines}\n{SHIM}\n#if defined(BF16){kernel}\n{RUN}")
-            subprocess.run(["g++", "-O1", "-D_GLIBCXX_INCLUDE_NEXT_C_HEADERS", "-ffp-contract=off", "-w", "-shared", "-fPIC", "-o", path.with_suffix(".so"), path.with_suffix(".cpp")], check=True)
+            subprocess.run(["g++", "-O1", "-D_GLIBCXX_INCLUDE_NEXT_C_HEADERS", "-ffp-contract=off", "-w", "-shared", "-fPIC",
+                            "-o", path.with_suffix(".so"), path.with_suffix(".cpp")], check=True)
         self.modules[len(self.modules) + 1] = CDLL(str(path.with_suffix(".so")))
         module._obj.value = len(self.modules)
         return 0

@@ -19,6 +19,7 @@ import sim
 
 TINY = dict(steps=20, teacher_steps=4, batch=32, samples=64, every=10, width=32)
 SCRIPTS = dict(fdistill=(fdistill, dict(cond=True)), dmd=(dmd, dict(micro=8)), sim=(sim, {}), pairs=(dmd, dict(variant="dmd", pairs=40)))
+ENV = dict(OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1", CUDA_VISIBLE_DEVICES="")
 
 
 def train(name, out, cut=None, **kw):
@@ -72,8 +73,7 @@ def test_two_processes_equal_one(tmp_path, monkeypatch):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2",
-               LOCAL_WORLD_SIZE="2", TORCHELASTIC_RUN_ID="test", CUDA_VISIBLE_DEVICES="")
+    env = dict(os.environ, **ENV, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", TORCHELASTIC_RUN_ID="test")
     workers = [subprocess.Popen([sys.executable, __file__], env=dict(env, RANK=str(r), LOCAL_RANK=str(r)), text=True, cwd=two,
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE) for r in (0, 1)]
     (out0, err0), (out1, err1) = (w.communicate(timeout=120) for w in workers)
@@ -90,11 +90,11 @@ def test_two_processes_equal_one(tmp_path, monkeypatch):
 
 def test_a_killed_process_ends_the_run(tmp_path):
     """torchrun, one process killed while training: one clear sentence, a whole checkpoint, and one process can go on."""
-    flags = ["--steps", "4000", "--teacher_steps", "5", "--batch", "16", "--samples", "64", "--every", "20", "--width", "16", "--out", "run"]
-    env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1", CUDA_VISIBLE_DEVICES="")
+    flags = ["--steps", "4000", "--teacher_steps", "5", "--batch", "16", "--samples", "64", "--every", "20", "--width", "16"]
+    flags += ["--out", "run"]
     err = open("err", "w")
-    torchrun = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "fdistill.py"), *flags],
-                                cwd=tmp_path, env=env, stdout=subprocess.DEVNULL, stderr=err, text=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "fdistill.py"), *flags]
+    torchrun = subprocess.Popen(command, cwd=tmp_path, env=dict(os.environ, **ENV), stdout=subprocess.DEVNULL, stderr=err, text=True)
     try:
         end = time.time() + 120
         while not Path("run/last.pt").exists():
@@ -117,7 +117,8 @@ def test_a_killed_process_ends_the_run(tmp_path):
     assert code == 0 and Path("run/metrics.json").exists(), err
 
 
-@pytest.mark.parametrize("batch, micro, sentence", [(15, 0, "--batch 15 does not divide into 2 processes"), (16, 16, "2 processes times --micro 16")])
+@pytest.mark.parametrize("batch, micro, sentence", [(15, 0, "--batch 15 does not divide into 2 processes"),
+                                                    (16, 16, "2 processes times --micro 16")])
 def test_shares_must_be_even(batch, micro, sentence, monkeypatch):
     monkeypatch.setattr(common, "processes", lambda: 2)
     with pytest.raises(common.UserError, match=sentence):
