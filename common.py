@@ -1186,7 +1186,7 @@ def save_picture(path, panels, reach=None):
     for ax, (title, x) in zip(axes, panels.items()):
         x = x.detach().float().cpu()
         if toy:
-            ax.scatter(*x[:5000].T, s=1, alpha=0.4, color="#0072b2", linewidths=0, rasterized=True)
+            ax.scatter(*x[:5000].T.numpy(), s=1, alpha=0.4, color="#0072b2", linewidths=0, rasterized=True)
             ax.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal", xticks=[], yticks=[])
         else:
             n = math.isqrt(min(len(x), 256))

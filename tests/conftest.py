@@ -10,7 +10,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-QUICK = ["--steps", "2", "--teacher_steps", "2", "--batch", "16", "--samples", "64", "--every", "1"]
+QUICK = ["--steps", "2", "--teacher_steps", "2", "--batch", "16", "--samples", "64", "--every", "2"]
 
 
 def pytest_configure(config):
@@ -38,6 +38,19 @@ def run(script, *args, cwd="."):
     p = start(script, *args, cwd=cwd)
     out, err = p.communicate(timeout=240)
     return p.returncode, out, err
+
+
+def start_copy(script, folder, argvs):
+    """
+    A copy of the script and of common.py alone in a new folder, run there once for each list of arguments: all by one
+    process, so that PyTorch is imported once.
+    """
+    folder.mkdir()
+    for name in (script, "common.py"):
+        (folder / name).write_bytes((ROOT / name).read_bytes())
+    loop = f"import runpy, sys\nfor sys.argv in {[[script, *argv] for argv in argvs]}: runpy.run_path(sys.argv[0], run_name='__main__')"
+    env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(folder))
+    return subprocess.Popen([sys.executable, "-c", loop], cwd=folder, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def main_in_process(module, *args):

@@ -262,6 +262,28 @@ def test_backward_simulation_is_sampling():
     want = torch.autograd.grad(x.square().sum(), list(G.parameters()))          # of the last call alone
     got = torch.autograd.grad(roll_out(G, z, None, sigmas).square().sum(), list(G.parameters()))
     torch.testing.assert_close(got, want)
+    x = G(5 * z[:, 0], torch.full((6,), 5.0))
+    for k in (1, 2, 3):                                                         # the same without detach(): end to end
+        x = G(x + sigmas[k] * z[:, k], torch.full((6,), sigmas[k]))
+    want = torch.autograd.grad(x.square().sum(), list(G.parameters()))
+    got = torch.autograd.grad(roll_out(G, z, None, sigmas, end_to_end=True).square().sum(), list(G.parameters()))
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("end_to_end, calls", [(True, {4}), (False, {1, 2, 3, 4})])
+def test_which_calls_are_trained(monkeypatch, end_to_end, calls):
+    """End to end every update simulates all four calls; without it as many as are drawn, the same for critic and student."""
+    seen = []
+
+    def watch(G, z, label, sigmas, through=False):
+        if torch.is_grad_enabled() and not through == end_to_end:
+            raise AssertionError("gradients through the wrong calls")
+        seen.append(z.shape[1])
+        return roll_out(G, z, label, sigmas, through)
+    monkeypatch.setattr(dmd, "roll_out", watch)
+    train(quick(steps_student=4, end_to_end=end_to_end, steps=12, fake_updates=1, every=100))
+    updates = [seen[i:i + 2] for i in range(0, 24, 2)]
+    assert {n for pair in updates for n in pair} == calls and all(a == b for a, b in updates)
 
 
 def test_calls_are_drawn_evenly():
