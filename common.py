@@ -9,8 +9,8 @@ x_t = x + sigma * eps, sigma (B,), label one-hot (B, K) or None. A network, a cl
 all denoisers and may stand in for one another. The score is (D(x_t, sigma) - x_t) / sigma^2.
 Importing this file does no work: it prints nothing, picks no device, compiles and downloads nothing.
 """
-import argparse, copy, csv, ctypes, dataclasses, datetime, difflib, functools, hashlib, inspect, json, math, os, re, signal, sys, tarfile, time
-import urllib.error, urllib.request, warnings, weakref, zlib
+import argparse, copy, csv, ctypes, dataclasses, datetime, difflib, functools, hashlib, inspect, json, math, os, re, signal
+import sys, tarfile, time, urllib.error, urllib.request, warnings, weakref, zlib
 from collections import namedtuple
 from dataclasses import dataclass
 from pathlib import Path
@@ -279,7 +279,7 @@ def load_data(cfg):
     if cfg.data in TOYS:
         data = copy.deepcopy(TOYS[cfg.data]).to(pick_device(cfg))
     elif cfg.data == "cifar10":
-        rows = torch.from_numpy(one_first(_cifar10_rows)(Path(cfg.data_dir))).to(pick_device(cfg))         # label, then 3x32x32
+        rows = torch.from_numpy(one_first(_cifar10_rows)(Path(cfg.data_dir))).to(pick_device(cfg))      # label, then 3x32x32
         data = Images(rows[:, 1:].reshape(-1, 3, 32, 32).contiguous(), rows[:, 0].long(), 10)
     else:
         raise UserError(f"unknown data set {cfg.data!r}: choose one of {', '.join([*TOYS, *IMAGES])}")
