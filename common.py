@@ -11,6 +11,7 @@ Importing this file does no work: it prints nothing, picks no device, compiles a
 """
 import argparse, copy, csv, dataclasses, difflib, hashlib, inspect, json, math, os, re, signal, sys, tarfile, time
 import urllib.error, urllib.request, warnings, weakref, zlib
+import functools, io, pickletools, threading, zipfile
 from collections import namedtuple
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from tqdm import tqdm
 
 # ---- 1. command line -------------------------------------------------------------------------------------------------
@@ -36,7 +38,7 @@ class Shared:
     net: str = ""               # mlp | small | ddpmpp | adm: network; by default what the data calls for
     width: int = 0              # channels of the network's first level; 0: what --net calls for
     cond: bool = False          # class-conditional: every network sees the label
-    teacher: str = ""           # a saved ema.pt (its network, whatever --net says), 'exact' (toys), or nothing: fit one in runs/
+    teacher: str = ""           # a saved ema.pt or EDM's .pkl (its network, whatever --net says), 'exact' (toys), or nothing: fit one in runs/
     teacher_steps: int = 2000   # updates of that first fit
     out: str = ""               # run folder; by default runs/<script>-<data>-<seed>
     steps: int = 1000           # student updates
@@ -51,6 +53,7 @@ class Shared:
     device: str = "auto"        # auto | cpu | cuda: where to run
     dtype: str = "fp32"         # fp32 | bf16: precision inside the networks
     compile: bool = False       # run the networks through torch.compile
+    recompute: bool = False     # image networks keep only their blocks' inputs for the backward pass: less memory, a third more time
     every: int = 500            # steps between pictures and checkpoints
     samples: int = 20000        # samples for the final metrics, or how many to draw with --sample
     fid: str = ""               # TorchScript Inception file (inception-2015-12-05.pt); measures FID at the end
@@ -231,25 +234,58 @@ TOYS = _toys()
 
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
-IMAGES = {"cifar10": ((3, 32, 32), 10)}             # name -> shape of an image, number of classes
+IMAGES = {"cifar10": ((3, 32, 32), 10), "imagenet64": ((3, 64, 64), 1000)}      # name -> shape of an image, number of classes
+ON_DEVICE = 2**30                                   # larger data sets stay in a file: ImageNet-64 has 15.7e9 bytes
 
 
 class Images:
-    """Labelled images kept as uint8 (N, C, H, W) on the device; sample() gives [-1, 1] float32, randomly flipped."""
+    """
+    Labelled images, uint8 (N, C, H, W); sample() gives [-1, 1] float32 on the device, randomly flipped. Either all of them
+    lie on the device, or in a memory-mapped file of which a thread reads the next batch ahead. Which one that will be is
+    settled by a seed drawn with the batch before it, `ahead`, a part of every checkpoint: reading ahead changes no result.
+    """
     sigma_data = 0.5                                # of EDM; CIFAR-10 itself has 0.50
+    ahead = None                                    # of the one data set of this process
 
-    def __init__(self, images, labels, label_dim):
+    def __init__(self, images, labels, label_dim, device=None):
         self.images, self.labels, self.label_dim, self.shape = images, labels, label_dim, tuple(images.shape[1:])
+        self.device, self.mapped, self.next = torch.device(device or images.device), device is not None, None
+        self.classes = labels.unique().to(self.device)                          # all of them, but for small stand-ins
+
+    @functools.cached_property
+    def crc(self):
+        return zlib.crc32(self.images.cpu().numpy())
 
     def sample(self, n):
-        i = torch.randint(len(self.images), (n,), device=self.images.device)
-        x = self.images[i].float() / 127.5 - 1
-        flip = torch.rand(n, 1, 1, 1, device=x.device) < 0.5
-        return torch.where(flip, x.flip(3), x), F.one_hot(self.labels[i], self.label_dim).float() if self.label_dim else None
+        if self.mapped:
+            images, labels, flip = self._read_ahead(n)
+        else:
+            i = torch.randint(len(self.images), (n,), device=self.device)
+            images, labels, flip = self.images[i], self.labels[i], torch.rand(n, 1, 1, 1, device=self.device) < 0.5
+        x = images.float() / 127.5 - 1
+        return torch.where(flip, x.flip(3), x), F.one_hot(labels, self.label_dim).float() if self.label_dim else None
 
     def draw_label(self, n):
-        k = torch.randint(max(self.label_dim, 1), (n,), device=self.images.device)
+        k = self.classes[torch.randint(len(self.classes), (n,), device=self.device)]
         return F.one_hot(k, self.label_dim).float() if self.label_dim else None
+
+    def _read_ahead(self, n):
+        draw = lambda: int(torch.randint(2**62, ()))
+        batch, Images.ahead = (n, draw() if Images.ahead is None else Images.ahead), draw()
+        thread, key, out = self.next or (None, None, None)
+        if key == batch:
+            thread.join()
+        batch = out[0] if key == batch and out else self._read(*batch)
+        out, key = [], (n, Images.ahead)
+        self.next = threading.Thread(target=lambda: out.append(self._read(*key)), daemon=True), key, out
+        self.next[0].start()
+        return [t.to(self.device, non_blocking=True) for t in batch]
+
+    def _read(self, n, seed):
+        g = torch.Generator().manual_seed(seed)
+        i = torch.randint(len(self.images), (n,), generator=g)
+        parts = self.images[i], self.labels[i], torch.rand(n, 1, 1, 1, generator=g) < 0.5
+        return [t.pin_memory() for t in parts] if self.device.type == "cuda" else parts
 
 
 def load_data(cfg):
@@ -257,16 +293,104 @@ def load_data(cfg):
     The data set --data as an endless source: .sample(n) -> x (n, ...) float32 on the device, label one-hot or None
     (without --cond). Raises UserError for missing, truncated or damaged files.
     """
+    where, device = Path(cfg.data_dir), pick_device(cfg)
     if cfg.data in TOYS:
-        data = copy.deepcopy(TOYS[cfg.data]).to(pick_device(cfg))
-    elif cfg.data == "cifar10":
-        rows = torch.from_numpy(_cifar10_rows(Path(cfg.data_dir))).to(pick_device(cfg))         # label, then 3x32x32
+        data = copy.deepcopy(TOYS[cfg.data]).to(device)
+    elif cfg.data == "cifar10" and where.suffix != ".zip":
+        rows = torch.from_numpy(_cifar10_rows(where)).to(device)                                # label, then 3x32x32
         data = Images(rows[:, 1:].reshape(-1, 3, 32, 32).contiguous(), rows[:, 0].long(), 10)
+    elif cfg.data in IMAGES:
+        images, labels, crc = _converted(where, *IMAGES[cfg.data])
+        small = images.nbytes <= ON_DEVICE
+        data = Images(*(t.to(device) if small else t for t in (images, labels)), IMAGES[cfg.data][1], None if small else device)
+        data.crc = crc
     else:
         raise UserError(f"unknown data set {cfg.data!r}: choose one of {', '.join([*TOYS, *IMAGES])}")
     if not cfg.cond:
         data.label_dim = 0
     return data
+
+
+def _converted(where, shape, classes):
+    """
+    (images (N, C, H, W) uint8 in a memory map, labels (N,), checksum) of an EDM data set zip, or of the downsampled ImageNet's
+    train_data_batch_*.npz in a folder. They are converted once, into three files beside them; an interrupted conversion goes on
+    where it stopped.
+    """
+    single, size = where.suffix == ".zip", math.prod(shape)
+    sources = [where] if single else sorted(where.glob("train_data_batch_*.npz"), key=lambda p: (len(p.name), p.name))
+    if not where.exists() or not sources:
+        raise UserError(f"{where} has no train_data_batch_*.npz (downsampled ImageNet) and is no EDM data set .zip; README says where to get them")
+    bytes_, label_file, state_file = (where.with_suffix(f".{end}") if single else where / f"train_data.{end}" for end in ("bin", "npy", "json"))
+    reader = _zip_rows if single else _npz_rows
+    try:
+        state, now = {}, [[p.name, p.stat().st_size] for p in sources]
+        if bytes_.exists() and label_file.exists() and state_file.exists():
+            state = json.loads(state_file.read_text())
+        if state.get("sources") != now:
+            state, labels = dict(sources=now, rows=0, crc=0), np.concatenate([reader(p, shape, classes)[0] for p in sources])
+            write_atomically(label_file, lambda f: np.save(f, labels))
+            bytes_.write_bytes(b"")
+        labels, start = np.load(label_file), 0
+        if state["rows"] < len(labels):
+            with open(bytes_, "r+b") as out, tqdm(total=len(labels), initial=state["rows"], unit=" images", desc=f"converting {where.name}") as bar:
+                out.seek(state["rows"] * size)
+                for p in sources:
+                    here, rows = reader(p, shape, classes)
+                    for part in rows(state["rows"] - start) if start + len(here) > state["rows"] else ():
+                        out.write(part)
+                        out.flush()
+                        os.fsync(out.fileno())
+                        state |= dict(rows=state["rows"] + len(part), crc=zlib.crc32(part, state["crc"]))
+                        write_atomically(state_file, lambda f: f.write(json.dumps(state).encode()))
+                        bar.update(len(part))
+                    start += len(here)
+        return torch.from_numpy(np.memmap(bytes_, np.uint8, "c", shape=(len(labels), *shape))), torch.from_numpy(labels), state["crc"]
+    except UserError:
+        raise
+    except Exception as e:          # whatever numpy, zipfile and the PNG reader meet in a damaged file, or a full disk
+        raise UserError(f"{where}: could not read or convert its images ({type(e).__name__}: {(str(e).splitlines() or [''])[0]}); get a damaged file again")
+
+
+def _npz_rows(path, shape, classes, part=8192):
+    """(labels from 0, rows(skip) -> parts (n, C, H, W)) of one official batch: data (N, C*H*W) uint8, labels 1..classes."""
+    with np.load(path) as z:
+        labels = z["labels"].reshape(-1).astype(np.int64) - 1
+    if not len(labels) or labels.min() < 0 or labels.max() >= classes:
+        raise UserError(f"{path} has labels {labels.min() + 1} to {labels.max() + 1}, not 1 to {classes}" if len(labels) else f"{path} has no images")
+
+    def rows(skip):
+        with zipfile.ZipFile(path) as z, z.open("data.npy") as f:               # streamed: a batch alone has 1.6e9 bytes
+            np.lib.format.read_magic(f)
+            size, fortran, dtype = np.lib.format.read_array_header_1_0(f)
+            row = math.prod(shape)
+            if size != (len(labels), row) or fortran or dtype != np.uint8:
+                raise UserError(f"{path} has data {size} {dtype}, not ({len(labels)}, {row}) uint8")
+            f.seek(f.tell() + skip * row)
+            for i in range(skip, len(labels), part):
+                n = min(part, len(labels) - i)
+                yield np.frombuffer(f.read(n * row), np.uint8).reshape(n, *shape)
+    return labels, rows
+
+
+def _zip_rows(path, shape, classes, part=1024):
+    """The same for EDM's data set: PNG files in the order of their names, and dataset.json with labels from 0."""
+    from matplotlib.image import imread
+    with zipfile.ZipFile(path) as z:
+        names = sorted(n for n in z.namelist() if n.endswith(".png"))
+        of = dict(json.loads(z.read("dataset.json"))["labels"])
+    labels = np.array([of[n] for n in names], np.int64)
+    if not names or labels.min() < 0 or labels.max() >= classes:
+        raise UserError(f"{path} has no PNG files with labels 0 to {classes - 1}")
+
+    def rows(skip):
+        with zipfile.ZipFile(path) as z:
+            for i in range(skip, len(names), part):
+                pngs = [imread(io.BytesIO(z.read(n)), format="png") for n in names[i:i + part]]
+                if {p.shape for p in pngs} != {(*shape[1:], shape[0])}:
+                    raise UserError(f"{path} has images that are not {shape[2]}x{shape[1]} RGB")
+                yield np.ascontiguousarray((np.stack(pngs) * 255).round().astype(np.uint8).transpose(0, 3, 1, 2))
+    return labels, rows
 
 
 def _cifar10_rows(where):
@@ -470,6 +594,7 @@ class UNet(nn.Module):
         self.spec = dict(resolution=resolution, channels=channels, label_dim=label_dim, width=width, mult=tuple(mult),
                          blocks=blocks, attention=tuple(attention), augment_dim=augment_dim, dropout=dropout, adm=adm)
         self.shape, self.label_dim, self.width, self.adm = (channels, resolution, resolution), label_dim, width, adm
+        self.recompute = False
         c_emb = 4 * width
         self.map_layer0, self.map_layer1 = nn.Linear(width, c_emb), nn.Linear(c_emb, c_emb)
         if label_dim:
@@ -546,15 +671,21 @@ class UNet(nn.Module):
             emb = F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
         features = []
         for module in self.enc.values():
-            x = module(x, emb) if isinstance(module, Block) else module(x)
+            x = self._block(module, x, emb) if isinstance(module, Block) else module(x)
             features.append(x)
         return features, emb
+
+    def _block(self, block, x, emb, skip=None):
+        f = lambda x, emb, skip: block(x if skip is None else torch.cat([x, skip], 1), emb)
+        if self.recompute and torch.is_grad_enabled():
+            return torch.utils.checkpoint.checkpoint(f, x, emb, skip, use_reentrant=False)
+        return f(x, emb, skip)
 
     def decode(self, features, emb):
         x, skips = features[-1], list(features)
         for name, module in self.dec.items():
             if isinstance(module, Block):
-                x = module(torch.cat([x, skips.pop()], 1) if "_block" in name else x, emb)
+                x = self._block(module, x, emb, skips.pop() if "_block" in name else None)
         norm, conv = (self.out_norm, self.out_conv) if self.adm else list(self.dec.values())[-2:]
         return conv(F.silu(norm(x)))
 
@@ -650,6 +781,7 @@ def build(cfg, shape, label_dim, sigma_data):
 def place(denoiser, cfg):
     """Move a denoiser to --device, with the memory layout and compilation that --device and --compile ask for."""
     denoiser.to(pick_device(cfg), memory_format=torch.channels_last if len(denoiser.shape) == 3 else torch.preserve_format)
+    denoiser.net.recompute = cfg.recompute
     if cfg.compile:
         denoiser.compile()
     return denoiser
@@ -662,7 +794,9 @@ def pack_denoiser(denoiser, cfg):
 
 
 def load_denoiser(path, cfg):
-    """The Denoiser saved as ema.pt at `path` (or in the run folder `path`). Raises UserError for anything else."""
+    """The Denoiser of an ema.pt at `path` (or in the run folder `path`), or of EDM's .pkl. Raises UserError for anything else."""
+    if str(path).endswith(".pkl"):
+        return load_edm(path, cfg)
     path = Path(path) / "ema.pt" if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file; give an ema.pt or the folder of a run that has one")
@@ -676,6 +810,167 @@ def load_denoiser(path, cfg):
         raise
     except Exception as e:          # whatever torch.load meets in a foreign or damaged file
         raise UserError(f"{path} is no checkpoint of onestep or is damaged ({type(e).__name__}); give the ema.pt of a run")
+    return place(denoiser.eval(), cfg)
+
+
+class _Record:
+    """What a pickle wants imported, called or built: kept as a name, arguments and state, never done."""
+
+    def __init__(self, name, args=None):
+        self.name, self.args, self.state = name, args, {}
+
+
+def read_pickle(f, most=1_000_000):
+    """
+    The next pickle of a binary file as plain data. An interpreter of its own that knows no imports, calls or attributes:
+    whatever would be one becomes a _Record. Only names that a PyTorch model needs are allowed, keys are strings (others are
+    left out, so that nothing hostile is hashed) and sets are lists. Raises some Exception for anything else.
+    """
+    stack, marks, memo = [], [], {}
+
+    def since_mark():
+        i = marks.pop()
+        part, stack[i:] = stack[i:], []
+        return part
+
+    def pairs(into, items):
+        into.update((k, v) for k, v in zip(items[::2], items[1::2]) if isinstance(k, str))
+
+    for count, (op, arg, _) in enumerate(pickletools.genops(f)):
+        op = op.name
+        if op == "STOP":
+            return stack.pop()
+        elif count > most:
+            raise ValueError("it has too many parts")
+        elif op.startswith(("BININT", "BINFLOAT", "BINBYTES", "BINUNICODE", "BINSTRING", "SHORT_BIN", "BYTEARRAY8")) or op in ("LONG1", "LONG4"):
+            stack.append(arg)
+        elif op in ("NONE", "NEWTRUE", "NEWFALSE"):
+            stack.append(dict(NONE=None, NEWTRUE=True, NEWFALSE=False)[op])
+        elif op in ("EMPTY_TUPLE", "EMPTY_LIST", "EMPTY_SET", "EMPTY_DICT"):
+            stack.append(dict(EMPTY_TUPLE=(), EMPTY_DICT={}).get(op, []))
+        elif op == "MARK":
+            marks.append(len(stack))
+        elif op == "TUPLE":
+            stack.append(tuple(since_mark()))
+        elif op in ("TUPLE1", "TUPLE2", "TUPLE3"):
+            n = int(op[-1])
+            stack[-n:] = [tuple(stack[-n:])]
+        elif op == "APPEND":
+            value = stack.pop()
+            stack[-1].append(value)
+        elif op in ("APPENDS", "ADDITEMS"):
+            values = since_mark()
+            stack[-1].extend(values)
+        elif op == "SETITEM":
+            value, key = stack.pop(), stack.pop()
+            pairs(stack[-1], [key, value])
+        elif op == "SETITEMS":
+            values = since_mark()
+            pairs(stack[-1], values)
+        elif op in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            memo[len(memo) if arg is None else arg] = stack[-1]
+        elif op in ("BINGET", "LONG_BINGET"):
+            stack.append(memo[arg])
+        elif op in ("GLOBAL", "STACK_GLOBAL"):
+            name = arg.replace(" ", ".", 1) if arg else "{1}.{0}".format(stack.pop(), stack.pop())
+            if not re.fullmatch(r"(torch|torch_utils|dnnlib|numpy)(\.\w+)+|collections\.OrderedDict|(builtins|__builtin__)\.set", name):
+                raise ValueError(f"it asks for {name[:80]!r}, which no EDM network needs; nothing of it was run")
+            stack.append(_Record(name))
+        elif op in ("REDUCE", "NEWOBJ"):
+            args, what = stack.pop(), stack.pop()
+            stack.append({} if what.name.endswith(("OrderedDict", "EasyDict")) else _Record(what.name, args))
+        elif op == "BUILD":
+            state = stack.pop()
+            if isinstance(stack[-1], _Record):
+                stack[-1].state = state
+        elif op == "BINPERSID":
+            stack.append(_Record("persistent id", stack.pop()))
+        elif op not in ("PROTO", "FRAME"):
+            raise ValueError(f"it uses the pickle instruction {op}, which no EDM network needs")
+
+
+def _edm_weights(module, prefix, seen):
+    """(name, record of a tensor) of all parameters and buffers of a module that read_pickle gave."""
+    if id(module) in seen:
+        raise ValueError("its modules contain one another")
+    seen.add(id(module))
+    state = module.args[0]["state"] if module.args else module.state            # of a class of EDM's, of PyTorch's
+    for name, t in [*state["_parameters"].items(), *state["_buffers"].items()]:
+        if t is not None:
+            yield prefix + name, t.args[0] if t.name == "torch._utils._rebuild_parameter" else t
+    for name, child in state["_modules"].items():
+        if child is not None:
+            yield from _edm_weights(child, f"{prefix}{name}.", seen)
+
+
+def _edm_tensor(record, left):
+    """float32 tensor of torch's record (storage, offset, size, stride); left[0] is how many bytes the file can still hold."""
+    storage, offset, size, stride = record.args[:4]
+    raw = storage.args[0]
+    left[0] -= len(raw)
+    f = io.BytesIO(raw)                             # magic number, version, machine, storage, keys, then count and bytes
+    persistent = [read_pickle(f) for _ in range(5)][3]
+    dtype = dict(FloatStorage="<f4", HalfStorage="<f2", DoubleStorage="<f8")[persistent.args[1].name.split(".")[-1]]
+    count = int.from_bytes(f.read(8), "little")
+    flat = torch.from_numpy(np.frombuffer(raw, dtype, count, f.tell()).astype(np.float32))
+    if left[0] < 0 or math.prod(size) > len(flat):
+        raise ValueError("its weights claim more bytes than it has")
+    return flat.as_strided(size, stride, offset).contiguous()
+
+
+def _unet_spec(sizes):
+    """What UNet must be called with to have weights of these names and sizes."""
+    first = next(k for k in sizes if re.fullmatch(r"enc\.(\d+)x\1_conv\.weight", k))
+    levels = sorted({int(m[1]) for k in sizes if (m := re.match(r"enc\.(\d+)x", k))}, reverse=True)
+    block = lambda r, i, layer: f"enc.{r}x{r}_block{i}.{layer}.weight"
+    classes = lambda layer: sizes.get(f"{layer}.weight", (0, 0))[1]
+    width, channels = sizes[first][:2]
+    return dict(resolution=levels[0], channels=channels, width=width, label_dim=classes("map_label"), augment_dim=classes("map_augment"),
+                mult=[sizes[block(r, 0, "conv0")][0] // width for r in levels], attention=[r for r in levels if block(r, 0, "qkv") in sizes],
+                blocks=next(i for i in range(len(sizes)) if block(levels[0], i, "conv0") not in sizes), adm="out_norm.weight" in sizes)
+
+
+def load_edm(path, cfg=None):
+    """
+    The Denoiser of an official EDM checkpoint (.pkl). The file is read as data: nothing in it is imported or called, EDM's
+    source is not needed, and the network's dimensions follow from names and sizes of its weights. Without EDM's dropout, which
+    the losses here do not expect; EDM's augmentation label counts as zero. Raises UserError for any other file.
+    """
+    path, cfg = Path(path), cfg or Shared()
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; README says where to get EDM's checkpoints")
+    try:
+        with open(path, "rb") as f:
+            start = f.read(64).lstrip()
+            for mark, what in ((b"version https://git-lfs", "it is a git-lfs pointer; fetch the file itself"), (b"<", "it is a web page"),
+                               (b"PK\3\4", "it is a zip archive")):
+                if start.startswith(mark):
+                    raise ValueError(what)
+            f.seek(0)
+            root = read_pickle(f)
+        meta = root["ema"].args[0]
+        if meta["class_name"] != "EDMPrecond":
+            raise ValueError(f"its network is a {str(meta['class_name'])[:40]!r}, not EDM's own preconditioning (EDMPrecond)")
+        tensors = {k.removeprefix("model."): t for k, t in _edm_weights(root["ema"], "", set())}
+        sizes = {k: tuple(t.args[2]) for k, t in tensors.items()}
+        if not all(type(n) is int and n > 0 for size in sizes.values() for n in size):
+            raise ValueError("its weights have impossible sizes")
+        filters = {k for k in sizes if k.endswith("resample_filter") and sizes[k] == (1, 1, 2, 2)}     # [1, 1]: the only one UNet knows
+        sizes = {k: size for k, size in sizes.items() if k not in filters}
+        spec = _unet_spec(sizes)
+        with torch.device("meta"):
+            net = UNet(**spec) if min(spec["mult"]) > 0 else None
+        if net is None or {k: tuple(v.shape) for k, v in net.state_dict().items()} != sizes:
+            raise ValueError("its network is neither DDPM++ nor ADM (the -vp and -adm files are)")
+        left = [path.stat().st_size]
+        net.load_state_dict({k: _edm_tensor(tensors[k], left) for k in sizes}, assign=True)
+        denoiser = Denoiser(net, float(meta["state"]["sigma_data"]), cfg.dtype)
+        if not 0 < denoiser.sigma_data < math.inf:
+            raise ValueError(f"its sigma_data is {denoiser.sigma_data}")
+    except Exception as e:          # whatever damaged or hostile bytes lead to
+        why = str(e).splitlines()[0] if isinstance(e, (ValueError, OSError)) and str(e).strip() else f"it is damaged or holds something else ({type(e).__name__})"
+        raise UserError(f"{path} is no EDM checkpoint: {why}; README says where to get them") from None
+    denoiser.sigma_init, denoiser.steps = None, 1
     return place(denoiser.eval(), cfg)
 
 
@@ -715,7 +1010,7 @@ def fit_teacher(cfg, data):
     same = dict(data=cfg.data, net=cfg.net, width=cfg.width, cond=cfg.cond, dtype=cfg.dtype, steps=cfg.teacher_steps)
     same |= dict(lr=2e-3, sigma_min=cfg.sigma_min, sigma_max=cfg.sigma_max) if toy else \
         dict(lr=1e-3, ema=0.999, batch=512 if cfg.net in ("ddpmpp", "adm") else 64)
-    content = 0 if toy else zlib.crc32(data.images.cpu().numpy())
+    content = 0 if toy else data.crc
     key = hashlib.sha256(json.dumps([same, content]).encode()).hexdigest()[:8]
     fit = Shared(**same, out=f"runs/teacher-{cfg.data}-{key}", resume=True, device=cfg.device, compile=cfg.compile)
     fit.micro = math.gcd(fit.batch, cfg.micro) or fit.batch
@@ -977,6 +1272,7 @@ def gallery(cfg, data, teacher, n=None):
         z = torch.randn(n, *data.shape, device=device)
         steps = 18
         fine = heun_sample(teacher, z, label, steps, cfg.sigma_min if cfg.data in TOYS else 0.002, cfg.sigma_max)
+    Images.ahead = None                                     # drawn in the fork, too
     return {f"data: {cfg.data}": x, f"teacher, {2 * steps - 1} network calls": fine}, z, label
 
 
@@ -1008,7 +1304,7 @@ class Run:
     ema.pt (the student) and metrics.json. Seeds PyTorch. A folder of other settings is refused; one of the same
     settings is continued with --resume, else renamed to <folder>~1, never overwritten.
     """
-    free = {"resume", "every", "samples", "sample", "fid", "fid_ref", "device", "micro", "compile", "data_dir", "out"}
+    free = {"resume", "every", "samples", "sample", "fid", "fid_ref", "device", "micro", "compile", "recompute", "data_dir", "out"}
 
     def __init__(self, cfg, script):
         check(cfg)
@@ -1040,6 +1336,7 @@ class Run:
         now["about"] = dict(script=script, torch=torch.__version__, device=gpu)
         write_atomically(self.dir / "config.json", lambda f: f.write(json.dumps(now, indent=1).encode()))
         torch.manual_seed(cfg.seed)
+        Images.ahead = None
 
     def _claim(self):
         """Lock the folder while this process works in it: a second run is refused, a second fit of a teacher waits."""
@@ -1136,7 +1433,7 @@ class Run:
             if bad:
                 raise UserError(f"weight {bad[0]} of {name} is not finite at step {self.step}; the checkpoint before it is kept; a lower --lr may help")
         rng = [torch.get_rng_state()] + ([torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else [])
-        everything = dict(step=self.step, seconds=time.time() - self.began, rng=rng,
+        everything = dict(step=self.step, seconds=time.time() - self.began, rng=rng, ahead=Images.ahead,
                           state={k: v if torch.is_tensor(v) else v.state_dict() for k, v in self.state.items()})
         write_atomically(self.dir / "ema.pt", lambda f: torch.save(pack_denoiser(self.state["ema"].model, self.cfg), f))
         write_atomically(self.dir / "last.pt", lambda f: torch.save(everything, f))
@@ -1146,7 +1443,7 @@ class Run:
             saved = torch.load(self.dir / "last.pt", map_location="cpu", weights_only=True)
             for name, part in self.state.items():
                 (part.copy_ if torch.is_tensor(part) else part.load_state_dict)(saved["state"][name])
-            self.step, self.seconds = saved["step"], saved["seconds"]
+            self.step, self.seconds, Images.ahead = saved["step"], saved["seconds"], saved.get("ahead")
             torch.set_rng_state(saved["rng"][0])
             if self.device.type == "cuda" and len(saved["rng"]) > 1:
                 torch.cuda.set_rng_state(saved["rng"][1], self.device)
