@@ -57,7 +57,7 @@ class Shared:
     every: int = 500            # steps between pictures and checkpoints
     samples: int = 20000        # samples for the final metrics, or how many to draw with --sample
     fid: str = ""               # TorchScript Inception file (inception-2015-12-05.pt); measures FID at the end
-    fid_ref: int = 0            # FID reference: this many training images, 0: all of them
+    fid_ref: str = ""           # FID reference: EDM's .npz, or this many training images, by default all of them
     resume: bool = False        # continue the run in the folder
     sample: str = ""            # a finished run folder to draw --samples from; nothing is trained
 
@@ -125,8 +125,9 @@ def check(cfg):
     ):
         if bad:
             raise UserError(sentence)
-    if cfg.fid and not cfg.sample:
-        load_inception(cfg.fid, "cpu")                      # better now than after hours of training
+    if cfg.fid and not cfg.sample:                          # better now than after hours of training
+        load_inception(cfg.fid, "cpu")
+        fid_reference(cfg)
 
 
 def main(Config, PRESETS, train, sample):
@@ -1156,13 +1157,19 @@ def to_uint8(x):
 
 
 @torch.no_grad()
-def feature_statistics(images, inception, size=None, desc="inception"):
-    """Mean (2048,) and covariance, float64, of Inception features of uint8 images (N, 3, H, W), `size` at a time."""
-    size = size or (250 if images.device.type == "cuda" else 20)            # small parts are faster on a CPU
-    total, outer = 0, 0
-    for part in tqdm(images.split(size), desc=desc, leave=False):
-        f = inception(part, return_features=True).double()
-        total, outer = total + f.sum(0), outer + f.T @ f
+def feature_statistics(images, inception, size=None, desc="inception", keep=None, device=None):
+    """
+    Mean (2048,) and covariance, float64, of Inception features of uint8 images (N, 3, H, W), `size` at a time; the list `keep`
+    is given the features of 10,000 of them, spread evenly.
+    """
+    device = device or images.device
+    size = size or (250 if device.type == "cuda" else 20)                   # small parts are faster on a CPU
+    total, outer, step = 0, 0, max(1, len(images) // 10000)
+    for i in tqdm(range(0, len(images), size), desc=desc, leave=False):
+        f = inception(images[i:i + size].to(device), return_features=True)
+        if keep is not None:
+            keep.append(f[-i % step::step])
+        total, outer = total + f.double().sum(0), outer + f.double().T @ f.double()
     mean = total / len(images)
     return mean, (outer - len(images) * mean[:, None] * mean) / (len(images) - 1)
 
@@ -1175,9 +1182,9 @@ def frechet_distance(mean1, cov1, mean2, cov2):
     return float((mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * cross)
 
 
-def fid_name(n):
+def fid_name(n, what="fid"):
     """fid50k, fid1k, fid500: the sample count is part of the metric's name."""
-    return f"fid{n // 1000}k" if n % 1000 == 0 else f"fid{n}"
+    return f"{what}{n // 1000}k" if n % 1000 == 0 else f"{what}{n}"
 
 
 def load_inception(path, device):
@@ -1194,23 +1201,60 @@ def load_inception(path, device):
     return inception
 
 
+@torch.no_grad()
+def precision_recall(real, fake, k=3):
+    """
+    Precision, the share of features fake (m, D) within the k-th neighbour's distance of some real (n, D), and recall, the same
+    with the two exchanged (Kynkaanniemi et al., arXiv 1904.06991, there with VGG's features).
+    """
+    radius = lambda a: torch.cat([torch.cdist(part, a).kthvalue(min(k + 1, len(a)), 1).values for part in a.split(500)])      # itself is the first
+    share = lambda a, b, r: torch.cat([(torch.cdist(part, b) <= r).any(1) for part in a.split(500)]).float().mean().item()
+    return share(fake, real, radius(real)), share(real, fake, radius(fake))
+
+
+def fid_reference(cfg):
+    """(mean, covariance) of EDM's reference file, where --fid_ref names one; None where it is a number of training images."""
+    if re.fullmatch(r"\d*", str(cfg.fid_ref)):
+        return None
+    try:
+        with np.load(cfg.fid_ref) as z:
+            mean, cov = (torch.from_numpy(np.asarray(z[k], np.float64)) for k in ("mu", "sigma"))
+        if mean.shape != (2048,) or cov.shape != (2048, 2048):
+            raise ValueError(f"mu has shape {tuple(mean.shape)}, sigma {tuple(cov.shape)}")
+        return mean, cov
+    except Exception as e:          # whatever numpy meets in a foreign file
+        raise UserError(f"--fid_ref {cfg.fid_ref} is neither a number of training images nor an .npz with EDM's mu and sigma ({(str(e).splitlines() or [''])[0]})")
+
+
 def image_metrics(cfg, data, samplers):
     """
-    FID of each {name: draw(n, label) -> images} over --samples images, as {"fid1k" + name: value}, with the reference
-    named: the training images, all or the first --fid_ref, their statistics kept in runs/.
+    FID of each {name: draw(n, label) -> images} over --samples images, precision and recall from up to 10,000 of the same
+    features, each under a name that says it all: fid50k_train50k_1_step is 50,000 samples against 50,000 training images. The
+    statistics of training images are kept in runs/.
     """
-    inception = load_inception(cfg.fid, pick_device(cfg))
-    reference = data.images[:cfg.fid_ref or len(data.images)]
-    key = zlib.crc32(reference.cpu().numpy(), zlib.crc32(Path(cfg.fid).read_bytes()))
+    device, given = pick_device(cfg), fid_reference(cfg)
+    inception = load_inception(cfg.fid, device)
+    n = 0 if given else int(cfg.fid_ref or 0)
+    reference = data.images[:n or len(data.images)]
+    if given:                                               # then training images serve precision and recall only
+        reference = reference[::max(1, len(reference) // 10000)][:10000]
+    key = zlib.crc32(f"{data.crc} {bool(given)} {len(reference)}".encode(), zlib.crc32(Path(cfg.fid).read_bytes()))
     cache = Path(f"runs/fidref-{cfg.data}-{len(reference)}-{key:08x}.pt")
     if not cache.exists():
-        stats = feature_statistics(reference, inception, desc=f"reference, {len(reference):,} images")
-        write_atomically(cache, lambda f: torch.save([s.cpu() for s in stats], f))
-    stats = [s.to(reference.device) for s in torch.load(cache, weights_only=True)]
-    out = dict(fid_ref=f"{cfg.data} training images, {len(reference)}")
-    for name, draw in samplers.items():
-        x = to_uint8(in_batches(draw, cfg.samples, data.draw_label(cfg.samples)))
-        out[fid_name(cfg.samples) + name] = frechet_distance(*feature_statistics(x, inception, desc="samples" + name), *stats)
+        keep = []
+        stats = feature_statistics(reference, inception, desc=f"reference, {len(reference):,} images", keep=keep, device=device)
+        write_atomically(cache, lambda f: torch.save([t.cpu() for t in (*stats, torch.cat(keep)[:10000])], f))
+    *stats, real = (t.to(device) for t in torch.load(cache, weights_only=True))
+    stats = [t.to(device) for t in given] if given else stats
+    name = Path(cfg.fid_ref).stem if given else fid_name(len(reference), "train")
+    out = dict(fid_ref=cfg.fid_ref if given else f"{cfg.data} training images, {len(reference)}", fid_samples=cfg.samples)
+    for who, draw in samplers.items():
+        x, keep = in_batches(lambda n, label: to_uint8(draw(n, label)), cfg.samples, data.draw_label(cfg.samples)), []
+        fid = frechet_distance(*feature_statistics(x, inception, desc=who, keep=keep), *stats)
+        fake = torch.cat(keep)[:10000]
+        k = min(len(real), len(fake))
+        precision, recall = precision_recall(real[:k], fake[:k])
+        out |= {f"{fid_name(cfg.samples)}_{name}_{who}": fid, f"{fid_name(k, 'precision')}_{who}": precision, f"{fid_name(k, 'recall')}_{who}": recall}
     return out
 
 
@@ -1224,10 +1268,12 @@ def report(run, data, teacher, draw):
             line = "H {H:.5f} ({n:,} samples; 0 is perfect), {in_3std:.1%} within 3 std of a mode (data {in_3std_data:.1%}), " \
                    "mode weights {mode_min:.2f} to {mode_max:.2f} of the true ones".format(**metrics)
         elif cfg.fid:
-            z = lambda n: torch.randn(n, *data.shape, device=run.device)
-            metrics = image_metrics(cfg, data, {
-                "": draw, "_teacher_18_steps": lambda n, y: heun_sample(teacher, z(n), y, 18, cfg.sigma_min, cfg.sigma_max),
-                "_teacher_1_step": lambda n, y: teacher(cfg.sigma_max * z(n), torch.full((n,), cfg.sigma_max, device=run.device), y)})
+            z, steps = lambda n: torch.randn(n, *data.shape, device=run.device), getattr(cfg, "steps_student", 1)
+            samplers = {f"{steps}_step" + "s" * (steps > 1): draw, "teacher_1_step": lambda n, y: teacher(
+                cfg.sigma_max * z(n), torch.full((n,), cfg.sigma_max, device=run.device), y)}
+            if cfg.data == "cifar10":       # elsewhere it takes longer than the student; `python common.py sample` measures it once
+                samplers["teacher_18_steps"] = lambda n, y: heun_sample(teacher, z(n), y, 18, cfg.sigma_min, cfg.sigma_max)
+            metrics = image_metrics(cfg, data, samplers)
             line = ", ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{k}: {v}" for k, v in metrics.items())
         else:
             metrics, line = {}, "no FID was measured; --fid FILE does it"
@@ -1270,7 +1316,7 @@ def gallery(cfg, data, teacher, n=None):
         torch.manual_seed(0)
         x, label = data.sample(n)
         z = torch.randn(n, *data.shape, device=device)
-        steps = 18
+        steps = 40 if cfg.data == "imagenet64" else 18
         fine = heun_sample(teacher, z, label, steps, cfg.sigma_min if cfg.data in TOYS else 0.002, cfg.sigma_max)
     Images.ahead = None                                     # drawn in the fork, too
     return {f"data: {cfg.data}": x, f"teacher, {2 * steps - 1} network calls": fine}, z, label
@@ -1478,3 +1524,49 @@ def draw(cfg, sample):
     write_atomically(folder / "draw.npy", lambda f: np.save(f, x.cpu().numpy()))
     save_picture(folder / "draw.png", {f"{len(x):,} samples, {student.steps} network call{'s' * (student.steps > 1)} each": x})
     print(f"{folder}/draw.png and draw.npy: {len(x):,} samples")
+
+
+# ---- python common.py sample -----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Sampling(Shared):
+    samples: int = 64           # how many to draw; with --fid, to measure
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    heun: int = 18              # steps of Heun's method: 2 heun - 1 network calls
+    churn: float = 0.0          # EDM's S_churn, fresh noise on the way; 0: deterministic
+
+
+# EDM's samplers for its own networks; deterministic ones for ImageNet-64 are usually quoted with --heun 40 --churn 0
+SAMPLING = {**{name: dict(sigma_min=0.02, sigma_max=5.0) for name in TOYS}, "cifar10": {}, "imagenet64": dict(cond=True, heun=256, churn=40.0)}
+
+
+def sample_teacher(cfg):
+    """--teacher's samples by EDM's method into <out>/samples.png and .npy, and their metrics into metrics.json."""
+    if cfg.heun < 2 or not 0 <= cfg.churn < math.inf:
+        raise UserError("--heun must be at least 2, --churn at least 0")
+    toy, device = cfg.data in TOYS, pick_device(cfg)
+    data = load_data(cfg) if toy or cfg.fid or not cfg.teacher else None            # a file alone needs no data
+    teacher, start = load_teacher(cfg, data), time.time()
+    torch.manual_seed(cfg.seed)
+    noise = lambda n, label: torch.randn(n, *teacher.shape, device=device)
+    sample = lambda n, label: heun_sample(teacher, noise(n, label), label, cfg.heun, cfg.sigma_min, cfg.sigma_max, churn=cfg.churn)
+    draw = lambda n, label: in_batches(sample, n, label, cfg.micro or 500)
+    n, classes = min(cfg.samples, 64) if cfg.fid else cfg.samples, teacher.label_dim
+    label = F.one_hot(torch.arange(n, device=device) * classes // n, classes).float() if classes else None          # all of them, if n allows
+    x, folder = draw(n, label), Path(cfg.out or f"runs/sample-{cfg.data}-{cfg.seed}")
+    how = f"teacher_{cfg.heun}_steps" + f"_churn{cfg.churn:g}" * (cfg.churn > 0)
+    metrics = toy_metrics(x, data) if toy else image_metrics(cfg, data, {how: draw}) if cfg.fid else {}
+    metrics |= dict(teacher=cfg.teacher, n=cfg.samples if cfg.fid else n, calls=2 * cfg.heun - 1, seconds=round(time.time() - start, 1))
+    save_picture(folder / "samples.png", {f"{how.replace('_', ' ')}, {2 * cfg.heun - 1} network calls": x})
+    write_atomically(folder / "samples.npy", lambda f: np.save(f, x.cpu().numpy()))
+    write_atomically(folder / "metrics.json", lambda f: f.write(json.dumps(metrics, indent=1).encode()))
+    print(f"{folder}/samples.png, samples.npy, metrics.json: " + ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k}: {v}" for k, v in metrics.items()))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] != ["sample"]:
+        sys.exit("usage: python common.py sample --teacher FILE --data DATA [--flag value] ..., see python common.py sample -h")
+    del sys.argv[1]
+    main(Sampling, SAMPLING, sample_teacher, sample_teacher)
