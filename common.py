@@ -334,7 +334,7 @@ def _converted(where, shape, classes):
             bytes_.write_bytes(b"")
         labels, start = np.load(label_file), 0
         if state["rows"] < len(labels):
-            with open(bytes_, "r+b") as out, tqdm(total=len(labels), initial=state["rows"], unit=" images", desc=f"converting {where.name}") as bar:
+            with open(bytes_, "r+b") as out, tqdm(total=len(labels), initial=state["rows"], unit=" images", desc=f"converting {where}") as bar:
                 out.seek(state["rows"] * size)
                 for p in sources:
                     here, rows = reader(p, shape, classes)
@@ -355,7 +355,7 @@ def _converted(where, shape, classes):
 
 def _npz_rows(path, shape, classes, part=8192):
     """(labels from 0, rows(skip) -> parts (n, C, H, W)) of one official batch: data (N, C*H*W) uint8, labels 1..classes."""
-    with np.load(path) as z:
+    with open(path, "rb") as f, np.load(f) as z:
         labels = z["labels"].reshape(-1).astype(np.int64) - 1
     if not len(labels) or labels.min() < 0 or labels.max() >= classes:
         raise UserError(f"{path} has labels {labels.min() + 1} to {labels.max() + 1}, not 1 to {classes}" if len(labels) else f"{path} has no images")
@@ -1217,7 +1217,7 @@ def fid_reference(cfg):
     if re.fullmatch(r"\d*", str(cfg.fid_ref)):
         return None
     try:
-        with np.load(cfg.fid_ref) as z:
+        with open(cfg.fid_ref, "rb") as f, np.load(f) as z:
             mean, cov = (torch.from_numpy(np.asarray(z[k], np.float64)) for k in ("mu", "sigma"))
         if mean.shape != (2048,) or cov.shape != (2048, 2048):
             raise ValueError(f"mu has shape {tuple(mean.shape)}, sigma {tuple(cov.shape)}")
@@ -1310,8 +1310,9 @@ def save_picture(path, panels, reach=None):
 
 def gallery(cfg, data, teacher, n=None):
     """(panels, z, label): pictures of data and teacher samples, and the fixed latents for the student's panel beside them."""
-    n = n or (5000 if cfg.data in TOYS else 64)
     device = pick_device(cfg)
+    large = device.type == "cpu" and sum(p.numel() for p in teacher.parameters()) > 10**7       # a second a call and image
+    n = n or (5000 if cfg.data in TOYS else 4 if large else 64)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         x, label = data.sample(n)
