@@ -828,14 +828,11 @@ def read_pickle(f, most=1_000_000):
     left out, so that nothing hostile is hashed) and sets are lists. Raises some Exception for anything else.
     """
     stack, marks, memo = [], [], {}
+    new = dict(NONE=lambda: None, NEWTRUE=lambda: True, NEWFALSE=lambda: False, EMPTY_TUPLE=tuple, EMPTY_LIST=list, EMPTY_SET=list, EMPTY_DICT=dict)
 
-    def since_mark():
-        i = marks.pop()
-        part, stack[i:] = stack[i:], []
+    def take(start):
+        part, stack[start:] = stack[start:], []
         return part
-
-    def pairs(into, items):
-        into.update((k, v) for k, v in zip(items[::2], items[1::2]) if isinstance(k, str))
 
     for count, (op, arg, _) in enumerate(pickletools.genops(f)):
         op = op.name
@@ -845,29 +842,18 @@ def read_pickle(f, most=1_000_000):
             raise ValueError("it has too many parts")
         elif op.startswith(("BININT", "BINFLOAT", "BINBYTES", "BINUNICODE", "BINSTRING", "SHORT_BIN", "BYTEARRAY8")) or op in ("LONG1", "LONG4"):
             stack.append(arg)
-        elif op in ("NONE", "NEWTRUE", "NEWFALSE"):
-            stack.append(dict(NONE=None, NEWTRUE=True, NEWFALSE=False)[op])
-        elif op in ("EMPTY_TUPLE", "EMPTY_LIST", "EMPTY_SET", "EMPTY_DICT"):
-            stack.append(dict(EMPTY_TUPLE=(), EMPTY_DICT={}).get(op, []))
+        elif op in new:
+            stack.append(new[op]())
         elif op == "MARK":
             marks.append(len(stack))
-        elif op == "TUPLE":
-            stack.append(tuple(since_mark()))
-        elif op in ("TUPLE1", "TUPLE2", "TUPLE3"):
-            n = int(op[-1])
-            stack[-n:] = [tuple(stack[-n:])]
-        elif op == "APPEND":
-            value = stack.pop()
-            stack[-1].append(value)
-        elif op in ("APPENDS", "ADDITEMS"):
-            values = since_mark()
-            stack[-1].extend(values)
-        elif op == "SETITEM":
-            value, key = stack.pop(), stack.pop()
-            pairs(stack[-1], [key, value])
-        elif op == "SETITEMS":
-            values = since_mark()
-            pairs(stack[-1], values)
+        elif op in ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"):
+            stack.append(tuple(take(marks.pop() if op == "TUPLE" else -int(op[-1]))))
+        elif op in ("APPEND", "APPENDS", "ADDITEMS"):
+            items = take(-1 if op == "APPEND" else marks.pop())
+            stack[-1].extend(items)
+        elif op in ("SETITEM", "SETITEMS"):
+            items = take(-2 if op == "SETITEM" else marks.pop())
+            stack[-1].update((k, v) for k, v in zip(items[::2], items[1::2]) if isinstance(k, str))
         elif op in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
             memo[len(memo) if arg is None else arg] = stack[-1]
         elif op in ("BINGET", "LONG_BINGET"):
@@ -1312,7 +1298,7 @@ def gallery(cfg, data, teacher, n=None):
     """(panels, z, label): pictures of data and teacher samples, and the fixed latents for the student's panel beside them."""
     device = pick_device(cfg)
     large = device.type == "cpu" and sum(p.numel() for p in teacher.parameters()) > 10**7       # a second a call and image
-    n = n or (5000 if cfg.data in TOYS else 4 if large else 64)
+    n = n or (5000 if cfg.data in TOYS else 1 if large else 64)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         x, label = data.sample(n)
@@ -1518,7 +1504,7 @@ def draw(cfg, sample):
     """--sample: draw --samples from the student in a run folder into draw.npy and draw.png there."""
     student = load_denoiser(cfg.sample, cfg)
     if student.sigma_init is None:
-        raise UserError(f"{cfg.sample} holds a teacher, not a one-step student; draw from the folder of a distillation run")
+        raise UserError(f"{cfg.sample} holds a teacher, not a one-step student; python common.py sample --teacher draws from it")
     torch.manual_seed(cfg.seed)
     x = sample(student, cfg.samples, steps=student.steps)
     folder = Path(cfg.sample) if Path(cfg.sample).is_dir() else Path(cfg.sample).parent
