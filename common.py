@@ -955,7 +955,8 @@ def load_edm(path, cfg=None):
         if not 0 < denoiser.sigma_data < math.inf:
             raise ValueError(f"its sigma_data is {denoiser.sigma_data}")
     except Exception as e:          # whatever damaged or hostile bytes lead to
-        why = str(e).splitlines()[0] if isinstance(e, (ValueError, OSError)) and str(e).strip() else f"it is damaged or holds something else ({type(e).__name__})"
+        known = isinstance(e, (ValueError, OSError)) and str(e).strip()
+        why = str(e).strip().splitlines()[0][:150] if known else f"it is damaged or holds something else ({type(e).__name__})"
         raise UserError(f"{path} is no EDM checkpoint: {why}; README says where to get them") from None
     denoiser.sigma_init, denoiser.steps = None, 1
     return place(denoiser.eval(), cfg)
