@@ -825,7 +825,8 @@ def read_pickle(f, most=1_000_000):
     """
     The next pickle of a binary file as plain data. An interpreter of its own that knows no imports, calls or attributes:
     whatever would be one becomes a _Record. Only names that a PyTorch model needs are allowed, keys are strings (others are
-    left out, so that nothing hostile is hashed) and sets are lists. Raises some Exception for anything else.
+    left out, so that nothing hostile is hashed), sets are lists, and nothing is printed or compared: a short file can describe a
+    tuple of 2^200 parts. Raises some Exception for anything else.
     """
     stack, marks, memo = [], [], {}
     new = dict(NONE=lambda: None, NEWTRUE=lambda: True, NEWFALSE=lambda: False, EMPTY_TUPLE=tuple, EMPTY_LIST=list, EMPTY_SET=list, EMPTY_DICT=dict)
@@ -859,7 +860,7 @@ def read_pickle(f, most=1_000_000):
         elif op in ("BINGET", "LONG_BINGET"):
             stack.append(memo[arg])
         elif op in ("GLOBAL", "STACK_GLOBAL"):
-            name = arg.replace(" ", ".", 1) if arg else "{1}.{0}".format(stack.pop(), stack.pop())
+            name = ".".join(arg.split(" ", 1) if op == "GLOBAL" else take(-2))         # join takes strings only
             if not re.fullmatch(r"(torch|torch_utils|dnnlib|numpy)(\.\w+)+|collections\.OrderedDict|(builtins|__builtin__)\.set", name):
                 raise ValueError(f"it asks for {name[:80]!r}, which no EDM network needs; nothing of it was run")
             stack.append(_Record(name))
@@ -870,6 +871,8 @@ def read_pickle(f, most=1_000_000):
             state = stack.pop()
             if isinstance(stack[-1], _Record):
                 stack[-1].state = state
+        elif op == "POP":
+            take(-1)
         elif op == "BINPERSID":
             stack.append(_Record("persistent id", stack.pop()))
         elif op not in ("PROTO", "FRAME"):
@@ -896,7 +899,7 @@ def _edm_tensor(record, left):
     raw = storage.args[0]
     left[0] -= len(raw)
     f = io.BytesIO(raw)                             # magic number, version, machine, storage, keys, then count and bytes
-    persistent = [read_pickle(f) for _ in range(5)][3]
+    persistent = [read_pickle(f, most=1000) for _ in range(5)][3]
     dtype = dict(FloatStorage="<f4", HalfStorage="<f2", DoubleStorage="<f8")[persistent.args[1].name.split(".")[-1]]
     count = int.from_bytes(f.read(8), "little")
     flat = torch.from_numpy(np.frombuffer(raw, dtype, count, f.tell()).astype(np.float32))
@@ -937,10 +940,10 @@ def load_edm(path, cfg=None):
             root = read_pickle(f)
         meta = root["ema"].args[0]
         if meta["class_name"] != "EDMPrecond":
-            raise ValueError(f"its network is a {str(meta['class_name'])[:40]!r}, not EDM's own preconditioning (EDMPrecond)")
+            raise ValueError(f"its network is a {meta['class_name'].strip()[:40]!r}, not EDM's own preconditioning (EDMPrecond)")
         tensors = {k.removeprefix("model."): t for k, t in _edm_weights(root["ema"], "", set())}
         sizes = {k: tuple(t.args[2]) for k, t in tensors.items()}
-        if not all(type(n) is int and n > 0 for size in sizes.values() for n in size):
+        if not all(type(n) is int and 0 < n < 2**31 for size in sizes.values() for n in size):
             raise ValueError("its weights have impossible sizes")
         filters = {k for k in sizes if k.endswith("resample_filter") and sizes[k] == (1, 1, 2, 2)}     # [1, 1]: the only one UNet knows
         sizes = {k: size for k, size in sizes.items() if k not in filters}

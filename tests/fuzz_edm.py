@@ -89,11 +89,14 @@ def crafted():
                 out[f"{module}.{name} beside a network"] = good.replace(b"\x80\x04", b"\x80\x04" + raw + b"0", 1)
     for i in (b"\x82\x01", b"\x83\x01\x00", b"\x84\x01\x00\x00\x00", b"Pos.system\n", b"N\x51", b"\x97", b"N\x98"):
         out[f"instruction {i}"] = b"\x80\x04" + i + b"."
-    doubling = b")" + b"2\x86" * 200
+    doubling = b")" + b"q\x00h\x00\x86" * 200
     out["tuple that doubles 200 times, as a key"] = b"\x80\x04}" + doubling + b"Ns."
     out["the same in a set"] = b"\x80\x04\x8f(" + doubling + b"\x90."
     out["the same, frozen"] = b"\x80\x04(" + doubling + b"\x91."
     out["the same as ema"] = b"\x80\x04}" + short("ema") + doubling + b"s."
+    out["the same as a name"] = b"\x80\x04" + doubling + short("x") + b"\x93."
+    out["the same as a class"] = b"\x80\x04}" + short("ema") + b"ctorch_utils.persistence\n_reconstruct_persistent_obj\n}" + short("class_name") + \
+        doubling + b"s\x85Rs."
     out["numbers of equal hash"] = b"\x80\x04}(" + b"".join(b"\x8a\x0a" + (k * (2**61 - 1)).to_bytes(10, "little") + b"N" for k in range(1, 50000)) + b"u."
     for n in (10**3, 10**5, 900_000):
         out[f"{n} tuples in one another"] = b"\x80\x04)" + b"\x85" * n + b"."
@@ -120,6 +123,10 @@ def crafted():
     def lie(change):                        # a file of which one tensor, of 16 numbers, is not what its record says
         return edm_bytes(tiny(), odd={"map_layer0.bias": Tensor(change)})
 
+    double = ()
+    for _ in range(200):
+        double = (double, double)
+
     class Odd:
         def __init__(self, raw):
             self.raw = raw
@@ -132,6 +139,8 @@ def crafted():
             "huge stride": lie(lambda s, o, n, d: (s, o, n, (2**60,))), "negative stride": lie(lambda s, o, n, d: (s, o, n, (-1,))),
             "stride 0 over a short storage": lie(lambda s, o, n, d: (torch.zeros(1)._typed_storage(), o, n, (0,))),
             "huge size": lie(lambda s, o, n, d: (s, o, (2**50,), (0,))), "100,000 axes": lie(lambda s, o, n, d: (s, o, (1,) * 10**5, (1,) * 10**5)),
+            "size of 2^200 parts": lie(lambda s, o, n, d: (s, o, double, d)), "stride of them": lie(lambda s, o, n, d: (s, o, n, double)),
+            "offset of them": lie(lambda s, o, n, d: (s, double, n, d)), "sizes of a million digits": lie(lambda s, o, n, d: (s, o, (1 << 4 * 10**6,), d)),
             "size of strings": lie(lambda s, o, n, d: (s, o, ("16",), d)), "size True": lie(lambda s, o, n, d: (s, o, (16.0,), d)),
             "no storage": lie(lambda s, o, n, d: (None, o, n, d)), "storage of text": lie(lambda s, o, n, d: (Odd("text"), o, n, d)),
             "whole torch.save": lie(lambda s, o, n, d: (Odd(b"PK\3\4" + bytes(100)), o, n, d)), "short": lie(lambda s, o, n, d: (Odd(storage[:-8]), o, n, d)),
