@@ -4,7 +4,6 @@ import json
 import pickle
 import random
 import sys
-import types
 from pathlib import Path
 
 import numpy as np

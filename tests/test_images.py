@@ -1,6 +1,5 @@
 """ImageNet-64 in its two file formats, memory-mapped batches read ahead, FID's references, precision and recall, sampling."""
 import dataclasses
-import io
 import json
 import subprocess
 import sys
