@@ -9,8 +9,8 @@ x_t = x + sigma * eps, sigma (B,), label one-hot (B, K) or None. A network, a cl
 all denoisers and may stand in for one another. The score is (D(x_t, sigma) - x_t) / sigma^2.
 Importing this file does no work: it prints nothing, picks no device, compiles and downloads nothing.
 """
-import argparse, copy, csv, ctypes, dataclasses, datetime, difflib, functools, hashlib, inspect, json, math, os, re, signal
-import sys, tarfile, time, urllib.error, urllib.request, warnings, weakref, zlib
+import argparse, copy, csv, ctypes, dataclasses, datetime, difflib, functools, hashlib, inspect, io, json, math, os, pickletools, re
+import signal, sys, tarfile, threading, time, urllib.error, urllib.request, warnings, weakref, zipfile, zlib
 from collections import namedtuple
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from tqdm import tqdm
 
 # ---- 1. command line -------------------------------------------------------------------------------------------------
@@ -37,7 +38,7 @@ class Shared:
     net: str = ""               # mlp | small | ddpmpp | adm: network; by default what the data calls for
     width: int = 0              # channels of the network's first level; 0: what --net calls for
     cond: bool = False          # class-conditional: every network sees the label
-    teacher: str = ""           # a saved ema.pt (its network, whatever --net says), 'exact' (toys), or nothing: fit one in runs/
+    teacher: str = ""           # a saved ema.pt or EDM's .pkl (its network, whatever --net says), 'exact' (toys), or nothing: fit one in runs/
     teacher_steps: int = 2000   # updates of that first fit
     out: str = ""               # run folder; by default runs/<script>-<data>-<seed>
     steps: int = 1000           # student updates
@@ -52,10 +53,11 @@ class Shared:
     device: str = "auto"        # auto | cpu | cuda: where to run
     dtype: str = "fp32"         # fp32 | bf16: precision inside the networks
     compile: bool = False       # run the networks through torch.compile
+    recompute: bool = False     # image networks keep only their blocks' inputs for the backward pass: less memory, a third more time
     every: int = 500            # steps between pictures and checkpoints
     samples: int = 20000        # samples for the final metrics, or how many to draw with --sample
     fid: str = ""               # TorchScript Inception file (inception-2015-12-05.pt); measures FID at the end
-    fid_ref: int = 0            # FID reference: this many training images, 0: all of them
+    fid_ref: str = ""           # FID reference: EDM's .npz, or this many training images, by default all of them
     resume: bool = False        # continue the run in the folder
     sample: str = ""            # a finished run folder to draw --samples from; nothing is trained
 
@@ -128,8 +130,9 @@ def check(cfg):
     ):
         if bad:
             raise UserError(sentence)
-    if cfg.fid and not cfg.sample:
-        load_inception(cfg.fid, "cpu")                      # better now than after hours of training
+    if cfg.fid and not cfg.sample:                          # better now than after hours of training
+        load_inception(cfg.fid, "cpu")
+        fid_reference(cfg)
 
 
 def main(Config, PRESETS, train, sample):
@@ -250,25 +253,58 @@ TOYS = _toys()
 
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
-IMAGES = {"cifar10": ((3, 32, 32), 10)}             # name -> shape of an image, number of classes
+IMAGES = {"cifar10": ((3, 32, 32), 10), "imagenet64": ((3, 64, 64), 1000)}      # name -> shape of an image, number of classes
+ON_DEVICE = 2**30                                   # larger data sets stay in a file: ImageNet-64 has 15.7e9 bytes
 
 
 class Images:
-    """Labelled images kept as uint8 (N, C, H, W) on the device; sample() gives [-1, 1] float32, randomly flipped."""
+    """
+    Labelled images, uint8 (N, C, H, W); sample() gives [-1, 1] float32 on the device, randomly flipped. Either all of them
+    lie on the device, or in a memory-mapped file of which a thread reads the next batch ahead. Which one that will be is
+    settled by a seed drawn with the batch before it, `ahead`, a part of every checkpoint: reading ahead changes no result.
+    """
     sigma_data = 0.5                                # of EDM; CIFAR-10 itself has 0.50
+    ahead = None                                    # of the one data set of this process
 
-    def __init__(self, images, labels, label_dim):
+    def __init__(self, images, labels, label_dim, device=None):
         self.images, self.labels, self.label_dim, self.shape = images, labels, label_dim, tuple(images.shape[1:])
+        self.device, self.mapped, self.next = torch.device(device or images.device), device is not None, None
+        self.classes = labels.unique().to(self.device)                          # all of them, but for small stand-ins
+
+    @functools.cached_property
+    def crc(self):
+        return zlib.crc32(self.images.cpu().numpy())
 
     def sample(self, n):
-        i = torch.randint(len(self.images), (n,), device=self.images.device)
-        x = self.images[i].float() / 127.5 - 1
-        flip = torch.rand(n, 1, 1, 1, device=x.device) < 0.5
-        return torch.where(flip, x.flip(3), x), F.one_hot(self.labels[i], self.label_dim).float() if self.label_dim else None
+        if self.mapped:
+            images, labels, flip = self._read_ahead(n)
+        else:
+            i = torch.randint(len(self.images), (n,), device=self.device)
+            images, labels, flip = self.images[i], self.labels[i], torch.rand(n, 1, 1, 1, device=self.device) < 0.5
+        x = images.float() / 127.5 - 1
+        return torch.where(flip, x.flip(3), x), F.one_hot(labels, self.label_dim).float() if self.label_dim else None
 
     def draw_label(self, n):
-        k = torch.randint(max(self.label_dim, 1), (n,), device=self.images.device)
+        k = self.classes[torch.randint(len(self.classes), (n,), device=self.device)]
         return F.one_hot(k, self.label_dim).float() if self.label_dim else None
+
+    def _read_ahead(self, n):
+        draw = lambda: int(torch.randint(2**62, ()))
+        batch, Images.ahead = (n, draw() if Images.ahead is None else Images.ahead), draw()
+        thread, key, out = self.next or (None, None, None)
+        if key == batch:
+            thread.join()
+        batch = out[0] if key == batch and out else self._read(*batch)
+        out, key = [], (n, Images.ahead)
+        self.next = threading.Thread(target=lambda: out.append(self._read(*key)), daemon=True), key, out
+        self.next[0].start()
+        return [t.to(self.device, non_blocking=True) for t in batch]
+
+    def _read(self, n, seed):
+        g = torch.Generator().manual_seed(seed)
+        i = torch.randint(len(self.images), (n,), generator=g)
+        parts = self.images[i], self.labels[i], torch.rand(n, 1, 1, 1, generator=g) < 0.5
+        return [t.pin_memory() for t in parts] if self.device.type == "cuda" else parts
 
 
 def load_data(cfg):
@@ -276,16 +312,104 @@ def load_data(cfg):
     The data set --data as an endless source: .sample(n) -> x (n, ...) float32 on the device, label one-hot or None
     (without --cond). Raises UserError for missing, truncated or damaged files.
     """
+    where, device = Path(cfg.data_dir), pick_device(cfg)
     if cfg.data in TOYS:
-        data = copy.deepcopy(TOYS[cfg.data]).to(pick_device(cfg))
-    elif cfg.data == "cifar10":
-        rows = torch.from_numpy(one_first(_cifar10_rows)(Path(cfg.data_dir))).to(pick_device(cfg))      # label, then 3x32x32
+        data = copy.deepcopy(TOYS[cfg.data]).to(device)
+    elif cfg.data == "cifar10" and where.suffix != ".zip":
+        rows = torch.from_numpy(one_first(_cifar10_rows)(where)).to(device)                     # label, then 3x32x32
         data = Images(rows[:, 1:].reshape(-1, 3, 32, 32).contiguous(), rows[:, 0].long(), 10)
+    elif cfg.data in IMAGES:
+        images, labels, crc = one_first(_converted)(where, *IMAGES[cfg.data])
+        small = images.nbytes <= ON_DEVICE
+        data = Images(*(t.to(device) if small else t for t in (images, labels)), IMAGES[cfg.data][1], None if small else device)
+        data.crc = crc
     else:
         raise UserError(f"unknown data set {cfg.data!r}: choose one of {', '.join([*TOYS, *IMAGES])}")
     if not cfg.cond:
         data.label_dim = 0
     return data
+
+
+def _converted(where, shape, classes):
+    """
+    (images (N, C, H, W) uint8 in a memory map, labels (N,), checksum) of an EDM data set zip, or of the downsampled ImageNet's
+    train_data_batch_*.npz in a folder. They are converted once, into three files beside them; an interrupted conversion goes on
+    where it stopped.
+    """
+    single, size = where.suffix == ".zip", math.prod(shape)
+    sources = [where] if single else sorted(where.glob("train_data_batch_*.npz"), key=lambda p: (len(p.name), p.name))
+    if not where.exists() or not sources:
+        raise UserError(f"{where} has no train_data_batch_*.npz (downsampled ImageNet) and is no EDM data set .zip; README says where to get them")
+    bytes_, label_file, state_file = (where.with_suffix(f".{end}") if single else where / f"train_data.{end}" for end in ("bin", "npy", "json"))
+    reader = _zip_rows if single else _npz_rows
+    try:
+        state, now = {}, [[p.name, p.stat().st_size] for p in sources]
+        if bytes_.exists() and label_file.exists() and state_file.exists():
+            state = json.loads(state_file.read_text())
+        if state.get("sources") != now:
+            state, labels = dict(sources=now, rows=0, crc=0), np.concatenate([reader(p, shape, classes)[0] for p in sources])
+            write_atomically(label_file, lambda f: np.save(f, labels))
+            bytes_.write_bytes(b"")
+        labels, start = np.load(label_file), 0
+        if state["rows"] < len(labels):
+            with open(bytes_, "r+b") as out, tqdm(total=len(labels), initial=state["rows"], unit=" images", desc=f"converting {where}") as bar:
+                out.seek(state["rows"] * size)
+                for p in sources:
+                    here, rows = reader(p, shape, classes)
+                    for part in rows(state["rows"] - start) if start + len(here) > state["rows"] else ():
+                        out.write(part)
+                        out.flush()
+                        os.fsync(out.fileno())
+                        state |= dict(rows=state["rows"] + len(part), crc=zlib.crc32(part, state["crc"]))
+                        write_atomically(state_file, lambda f: f.write(json.dumps(state).encode()))
+                        bar.update(len(part))
+                    start += len(here)
+        return torch.from_numpy(np.memmap(bytes_, np.uint8, "c", shape=(len(labels), *shape))), torch.from_numpy(labels), state["crc"]
+    except UserError:
+        raise
+    except Exception as e:          # whatever numpy, zipfile and the PNG reader meet in a damaged file, or a full disk
+        raise UserError(f"{where}: could not read or convert its images ({type(e).__name__}: {(str(e).splitlines() or [''])[0]}); get a damaged file again")
+
+
+def _npz_rows(path, shape, classes, part=8192):
+    """(labels from 0, rows(skip) -> parts (n, C, H, W)) of one official batch: data (N, C*H*W) uint8, labels 1..classes."""
+    with open(path, "rb") as f, np.load(f) as z:
+        labels = z["labels"].reshape(-1).astype(np.int64) - 1
+    if not len(labels) or labels.min() < 0 or labels.max() >= classes:
+        raise UserError(f"{path} has labels {labels.min() + 1} to {labels.max() + 1}, not 1 to {classes}" if len(labels) else f"{path} has no images")
+
+    def rows(skip):
+        with zipfile.ZipFile(path) as z, z.open("data.npy") as f:               # streamed: a batch alone has 1.6e9 bytes
+            np.lib.format.read_magic(f)
+            size, fortran, dtype = np.lib.format.read_array_header_1_0(f)
+            row = math.prod(shape)
+            if size != (len(labels), row) or fortran or dtype != np.uint8:
+                raise UserError(f"{path} has data {size} {dtype}, not ({len(labels)}, {row}) uint8")
+            f.seek(f.tell() + skip * row)
+            for i in range(skip, len(labels), part):
+                n = min(part, len(labels) - i)
+                yield np.frombuffer(f.read(n * row), np.uint8).reshape(n, *shape)
+    return labels, rows
+
+
+def _zip_rows(path, shape, classes, part=1024):
+    """The same for EDM's data set: PNG files in the order of their names, and dataset.json with labels from 0."""
+    from matplotlib.image import imread
+    with zipfile.ZipFile(path) as z:
+        names = sorted(n for n in z.namelist() if n.endswith(".png"))
+        of = dict(json.loads(z.read("dataset.json"))["labels"])
+    labels = np.array([of[n] for n in names], np.int64)
+    if not names or labels.min() < 0 or labels.max() >= classes:
+        raise UserError(f"{path} has no PNG files with labels 0 to {classes - 1}")
+
+    def rows(skip):
+        with zipfile.ZipFile(path) as z:
+            for i in range(skip, len(names), part):
+                pngs = [imread(io.BytesIO(z.read(n)), format="png") for n in names[i:i + part]]
+                if {p.shape for p in pngs} != {(*shape[1:], shape[0])}:
+                    raise UserError(f"{path} has images that are not {shape[2]}x{shape[1]} RGB")
+                yield np.ascontiguousarray((np.stack(pngs) * 255).round().astype(np.uint8).transpose(0, 3, 1, 2))
+    return labels, rows
 
 
 def _cifar10_rows(where):
@@ -489,6 +613,7 @@ class UNet(nn.Module):
         self.spec = dict(resolution=resolution, channels=channels, label_dim=label_dim, width=width, mult=tuple(mult),
                          blocks=blocks, attention=tuple(attention), augment_dim=augment_dim, dropout=dropout, adm=adm)
         self.shape, self.label_dim, self.width, self.adm = (channels, resolution, resolution), label_dim, width, adm
+        self.recompute = False
         c_emb = 4 * width
         self.map_layer0, self.map_layer1 = nn.Linear(width, c_emb), nn.Linear(c_emb, c_emb)
         if label_dim:
@@ -565,15 +690,21 @@ class UNet(nn.Module):
             emb = F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
         features = []
         for module in self.enc.values():
-            x = module(x, emb) if isinstance(module, Block) else module(x)
+            x = self._block(module, x, emb) if isinstance(module, Block) else module(x)
             features.append(x)
         return features, emb
+
+    def _block(self, block, x, emb, skip=None):
+        f = lambda x, emb, skip: block(x if skip is None else torch.cat([x, skip], 1), emb)
+        if self.recompute and torch.is_grad_enabled():
+            return torch.utils.checkpoint.checkpoint(f, x, emb, skip, use_reentrant=False)
+        return f(x, emb, skip)
 
     def decode(self, features, emb):
         x, skips = features[-1], list(features)
         for name, module in self.dec.items():
             if isinstance(module, Block):
-                x = module(torch.cat([x, skips.pop()], 1) if "_block" in name else x, emb)
+                x = self._block(module, x, emb, skips.pop() if "_block" in name else None)
         norm, conv = (self.out_norm, self.out_conv) if self.adm else list(self.dec.values())[-2:]
         return conv(F.silu(norm(x)))
 
@@ -669,6 +800,7 @@ def build(cfg, shape, label_dim, sigma_data):
 def place(denoiser, cfg):
     """Move a denoiser to --device, with the memory layout and compilation that --device and --compile ask for."""
     denoiser.to(pick_device(cfg), memory_format=torch.channels_last if len(denoiser.shape) == 3 else torch.preserve_format)
+    denoiser.net.recompute = cfg.recompute
     if cfg.compile:
         denoiser.compile()
     return denoiser
@@ -681,7 +813,9 @@ def pack_denoiser(denoiser, cfg):
 
 
 def load_denoiser(path, cfg):
-    """The Denoiser saved as ema.pt at `path` (or in the run folder `path`). Raises UserError for anything else."""
+    """The Denoiser of an ema.pt at `path` (or in the run folder `path`), or of EDM's .pkl. Raises UserError for anything else."""
+    if str(path).endswith(".pkl"):
+        return load_edm(path, cfg)
     path = Path(path) / "ema.pt" if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file; give an ema.pt or the folder of a run that has one")
@@ -695,6 +829,157 @@ def load_denoiser(path, cfg):
         raise
     except Exception as e:          # whatever torch.load meets in a foreign or damaged file
         raise UserError(f"{path} is no checkpoint of onestep or is damaged ({type(e).__name__}); give the ema.pt of a run")
+    return place(denoiser.eval(), cfg)
+
+
+class _Record:
+    """What a pickle wants imported, called or built: kept as a name, arguments and state, never done."""
+
+    def __init__(self, name, args=None):
+        self.name, self.args, self.state = name, args, {}
+
+
+def read_pickle(f, most=1_000_000):
+    """
+    The next pickle of a binary file as plain data. An interpreter of its own that knows no imports, calls or attributes:
+    whatever would be one becomes a _Record. Only names that a PyTorch model needs are allowed, keys are strings (others are
+    left out, so that nothing hostile is hashed), sets are lists, and nothing is printed or compared: a short file can describe a
+    tuple of 2^200 parts. Raises some Exception for anything else.
+    """
+    stack, marks, memo = [], [], {}
+    new = dict(NONE=lambda: None, NEWTRUE=lambda: True, NEWFALSE=lambda: False, EMPTY_TUPLE=tuple, EMPTY_LIST=list, EMPTY_SET=list, EMPTY_DICT=dict)
+
+    def take(start):
+        part, stack[start:] = stack[start:], []
+        return part
+
+    for count, (op, arg, _) in enumerate(pickletools.genops(f)):
+        op = op.name
+        if op == "STOP":
+            return stack.pop()
+        elif count > most:
+            raise ValueError("it has too many parts")
+        elif op.startswith(("BININT", "BINFLOAT", "BINBYTES", "BINUNICODE", "BINSTRING", "SHORT_BIN", "BYTEARRAY8")) or op in ("LONG1", "LONG4"):
+            stack.append(arg)
+        elif op in new:
+            stack.append(new[op]())
+        elif op == "MARK":
+            marks.append(len(stack))
+        elif op in ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"):
+            stack.append(tuple(take(marks.pop() if op == "TUPLE" else -int(op[-1]))))
+        elif op in ("APPEND", "APPENDS", "ADDITEMS"):
+            items = take(-1 if op == "APPEND" else marks.pop())
+            stack[-1].extend(items)
+        elif op in ("SETITEM", "SETITEMS"):
+            items = take(-2 if op == "SETITEM" else marks.pop())
+            stack[-1].update((k, v) for k, v in zip(items[::2], items[1::2]) if isinstance(k, str))
+        elif op in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            memo[len(memo) if arg is None else arg] = stack[-1]
+        elif op in ("BINGET", "LONG_BINGET"):
+            stack.append(memo[arg])
+        elif op in ("GLOBAL", "STACK_GLOBAL"):
+            name = ".".join(arg.split(" ", 1) if op == "GLOBAL" else take(-2))         # join takes strings only
+            if not re.fullmatch(r"(torch|torch_utils|dnnlib|numpy)(\.\w+)+|collections\.OrderedDict|(builtins|__builtin__)\.set", name):
+                raise ValueError(f"it asks for {name[:80]!r}, which no EDM network needs; nothing of it was run")
+            stack.append(_Record(name))
+        elif op in ("REDUCE", "NEWOBJ"):
+            args, what = stack.pop(), stack.pop()
+            stack.append({} if what.name.endswith(("OrderedDict", "EasyDict")) else _Record(what.name, args))
+        elif op == "BUILD":
+            state = stack.pop()
+            if isinstance(stack[-1], _Record):
+                stack[-1].state = state
+        elif op == "POP":
+            take(-1)
+        elif op == "BINPERSID":
+            stack.append(_Record("persistent id", stack.pop()))
+        elif op not in ("PROTO", "FRAME"):
+            raise ValueError(f"it uses the pickle instruction {op}, which no EDM network needs")
+
+
+def _edm_weights(module, prefix, seen):
+    """(name, record of a tensor) of all parameters and buffers of a module that read_pickle gave."""
+    if id(module) in seen:
+        raise ValueError("its modules contain one another")
+    seen.add(id(module))
+    state = module.args[0]["state"] if module.args else module.state            # of a class of EDM's, of PyTorch's
+    for name, t in [*state["_parameters"].items(), *state["_buffers"].items()]:
+        if t is not None:
+            yield prefix + name, t.args[0] if t.name == "torch._utils._rebuild_parameter" else t
+    for name, child in state["_modules"].items():
+        if child is not None:
+            yield from _edm_weights(child, f"{prefix}{name}.", seen)
+
+
+def _edm_tensor(record, left):
+    """float32 tensor of torch's record (storage, offset, size, stride); left[0] is how many bytes the file can still hold."""
+    storage, offset, size, stride = record.args[:4]
+    raw = storage.args[0]
+    left[0] -= len(raw)
+    f = io.BytesIO(raw)                             # magic number, version, machine, storage, keys, then count and bytes
+    persistent = [read_pickle(f, most=1000) for _ in range(5)][3]
+    dtype = dict(FloatStorage="<f4", HalfStorage="<f2", DoubleStorage="<f8")[persistent.args[1].name.split(".")[-1]]
+    count = int.from_bytes(f.read(8), "little")
+    flat = torch.from_numpy(np.frombuffer(raw, dtype, count, f.tell()).astype(np.float32))
+    if left[0] < 0 or math.prod(size) > len(flat):
+        raise ValueError("its weights claim more bytes than it has")
+    return flat.as_strided(size, stride, offset).contiguous()
+
+
+def _unet_spec(sizes):
+    """What UNet must be called with to have weights of these names and sizes."""
+    first = next(k for k in sizes if re.fullmatch(r"enc\.(\d+)x\1_conv\.weight", k))
+    levels = sorted({int(m[1]) for k in sizes if (m := re.match(r"enc\.(\d+)x", k))}, reverse=True)
+    block = lambda r, i, layer: f"enc.{r}x{r}_block{i}.{layer}.weight"
+    classes = lambda layer: sizes.get(f"{layer}.weight", (0, 0))[1]
+    width, channels = sizes[first][:2]
+    return dict(resolution=levels[0], channels=channels, width=width, label_dim=classes("map_label"), augment_dim=classes("map_augment"),
+                mult=[sizes[block(r, 0, "conv0")][0] // width for r in levels], attention=[r for r in levels if block(r, 0, "qkv") in sizes],
+                blocks=next(i for i in range(len(sizes)) if block(levels[0], i, "conv0") not in sizes), adm="out_norm.weight" in sizes)
+
+
+def load_edm(path, cfg=None):
+    """
+    The Denoiser of an official EDM checkpoint (.pkl). The file is read as data: nothing in it is imported or called, EDM's
+    source is not needed, and the network's dimensions follow from names and sizes of its weights. Without EDM's dropout, which
+    the losses here do not expect; EDM's augmentation label counts as zero. Raises UserError for any other file.
+    """
+    path, cfg = Path(path), cfg or Shared()
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; README says where to get EDM's checkpoints")
+    try:
+        with open(path, "rb") as f:
+            start = f.read(64).lstrip()
+            for mark, what in ((b"version https://git-lfs", "it is a git-lfs pointer; fetch the file itself"), (b"<", "it is a web page"),
+                               (b"PK\3\4", "it is a zip archive")):
+                if start.startswith(mark):
+                    raise ValueError(what)
+            f.seek(0)
+            root = read_pickle(f)
+        meta = root["ema"].args[0]
+        if meta["class_name"] != "EDMPrecond":
+            raise ValueError(f"its network is a {meta['class_name'].strip()[:40]!r}, not EDM's own preconditioning (EDMPrecond)")
+        tensors = {k.removeprefix("model."): t for k, t in _edm_weights(root["ema"], "", set())}
+        sizes = {k: tuple(t.args[2]) for k, t in tensors.items()}
+        if not all(type(n) is int and 0 < n < 2**31 for size in sizes.values() for n in size):
+            raise ValueError("its weights have impossible sizes")
+        filters = {k for k in sizes if k.endswith("resample_filter") and sizes[k] == (1, 1, 2, 2)}     # [1, 1]: the only one UNet knows
+        sizes = {k: size for k, size in sizes.items() if k not in filters}
+        spec = _unet_spec(sizes)
+        with torch.device("meta"):
+            net = UNet(**spec) if min(spec["mult"]) > 0 else None
+        if net is None or {k: tuple(v.shape) for k, v in net.state_dict().items()} != sizes:
+            raise ValueError("its network is neither DDPM++ nor ADM (the -vp and -adm files are)")
+        left = [path.stat().st_size]
+        net.load_state_dict({k: _edm_tensor(tensors[k], left) for k in sizes}, assign=True)
+        denoiser = Denoiser(net, float(meta["state"]["sigma_data"]), cfg.dtype)
+        if not 0 < denoiser.sigma_data < math.inf:
+            raise ValueError(f"its sigma_data is {denoiser.sigma_data}")
+    except Exception as e:          # whatever damaged or hostile bytes lead to
+        known = isinstance(e, (ValueError, OSError)) and str(e).strip()
+        why = str(e).strip().splitlines()[0][:150] if known else f"it is damaged or holds something else ({type(e).__name__})"
+        raise UserError(f"{path} is no EDM checkpoint: {why}; README says where to get them") from None
+    denoiser.sigma_init, denoiser.steps = None, 1
     return place(denoiser.eval(), cfg)
 
 
@@ -734,7 +1019,7 @@ def fit_teacher(cfg, data):
     same = dict(data=cfg.data, net=cfg.net, width=cfg.width, cond=cfg.cond, dtype=cfg.dtype, steps=cfg.teacher_steps)
     same |= dict(lr=2e-3, sigma_min=cfg.sigma_min, sigma_max=cfg.sigma_max) if toy else \
         dict(lr=1e-3, ema=0.999, batch=512 if cfg.net in ("ddpmpp", "adm") else 64)
-    content = 0 if toy else zlib.crc32(data.images.cpu().numpy())
+    content = 0 if toy else data.crc
     key = hashlib.sha256(json.dumps([same, content]).encode()).hexdigest()[:8]
     fit = Shared(**same, out=f"runs/teacher-{cfg.data}-{key}", resume=True, device=cfg.device, compile=cfg.compile)
     fit.micro = math.gcd(fit.batch // processes(), cfg.micro)
@@ -1088,13 +1373,19 @@ def to_uint8(x):
 
 
 @torch.no_grad()
-def feature_statistics(images, inception, size=None, desc="inception"):
-    """Mean (2048,) and covariance, float64, of Inception features of uint8 images (N, 3, H, W), `size` at a time."""
-    size = size or (250 if images.device.type == "cuda" else 20)            # small parts are faster on a CPU
-    total, outer = 0, 0
-    for part in tqdm(images.split(size), desc=desc, leave=False):
-        f = inception(part, return_features=True).double()
-        total, outer = total + f.sum(0), outer + f.T @ f
+def feature_statistics(images, inception, size=None, desc="inception", keep=None, device=None):
+    """
+    Mean (2048,) and covariance, float64, of Inception features of uint8 images (N, 3, H, W), `size` at a time; the list `keep`
+    is given the features of 10,000 of them, spread evenly.
+    """
+    device = device or images.device
+    size = size or (250 if device.type == "cuda" else 20)                   # small parts are faster on a CPU
+    total, outer, step = 0, 0, max(1, len(images) // 10000)
+    for i in tqdm(range(0, len(images), size), desc=desc, leave=False):
+        f = inception(images[i:i + size].to(device), return_features=True)
+        if keep is not None:
+            keep.append(f[-i % step::step])
+        total, outer = total + f.double().sum(0), outer + f.double().T @ f.double()
     mean = total / len(images)
     return mean, (outer - len(images) * mean[:, None] * mean) / (len(images) - 1)
 
@@ -1107,9 +1398,9 @@ def frechet_distance(mean1, cov1, mean2, cov2):
     return float((mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * cross)
 
 
-def fid_name(n):
+def fid_name(n, what="fid"):
     """fid50k, fid1k, fid500: the sample count is part of the metric's name."""
-    return f"fid{n // 1000}k" if n % 1000 == 0 else f"fid{n}"
+    return f"{what}{n // 1000}k" if n % 1000 == 0 else f"{what}{n}"
 
 
 def load_inception(path, device):
@@ -1126,23 +1417,60 @@ def load_inception(path, device):
     return inception
 
 
+@torch.no_grad()
+def precision_recall(real, fake, k=3):
+    """
+    Precision, the share of features fake (m, D) within the k-th neighbour's distance of some real (n, D), and recall, the same
+    with the two exchanged (Kynkaanniemi et al., arXiv 1904.06991, there with VGG's features).
+    """
+    radius = lambda a: torch.cat([torch.cdist(part, a).kthvalue(min(k + 1, len(a)), 1).values for part in a.split(500)])      # itself is the first
+    share = lambda a, b, r: torch.cat([(torch.cdist(part, b) <= r).any(1) for part in a.split(500)]).float().mean().item()
+    return share(fake, real, radius(real)), share(real, fake, radius(fake))
+
+
+def fid_reference(cfg):
+    """(mean, covariance) of EDM's reference file, where --fid_ref names one; None where it is a number of training images."""
+    if re.fullmatch(r"\d*", str(cfg.fid_ref)):
+        return None
+    try:
+        with open(cfg.fid_ref, "rb") as f, np.load(f) as z:
+            mean, cov = (torch.from_numpy(np.asarray(z[k], np.float64)) for k in ("mu", "sigma"))
+        if mean.shape != (2048,) or cov.shape != (2048, 2048):
+            raise ValueError(f"mu has shape {tuple(mean.shape)}, sigma {tuple(cov.shape)}")
+        return mean, cov
+    except Exception as e:          # whatever numpy meets in a foreign file
+        raise UserError(f"--fid_ref {cfg.fid_ref} is neither a number of training images nor an .npz with EDM's mu and sigma ({(str(e).splitlines() or [''])[0]})")
+
+
 def image_metrics(cfg, data, samplers):
     """
-    FID of each {name: draw(n, label) -> images} over --samples images, as {"fid1k" + name: value}, with the reference
-    named: the training images, all or the first --fid_ref, their statistics kept in runs/.
+    FID of each {name: draw(n, label) -> images} over --samples images, precision and recall from up to 10,000 of the same
+    features, each under a name that says it all: fid50k_train50k_1_step is 50,000 samples against 50,000 training images. The
+    statistics of training images are kept in runs/.
     """
-    inception = load_inception(cfg.fid, pick_device(cfg))
-    reference = data.images[:cfg.fid_ref or len(data.images)]
-    key = zlib.crc32(reference.cpu().numpy(), zlib.crc32(Path(cfg.fid).read_bytes()))
+    device, given = pick_device(cfg), fid_reference(cfg)
+    inception = load_inception(cfg.fid, device)
+    n = 0 if given else int(cfg.fid_ref or 0)
+    reference = data.images[:n or len(data.images)]
+    if given:                                               # then training images serve precision and recall only
+        reference = reference[::max(1, len(reference) // 10000)][:10000]
+    key = zlib.crc32(f"{data.crc} {bool(given)} {len(reference)}".encode(), zlib.crc32(Path(cfg.fid).read_bytes()))
     cache = Path(f"runs/fidref-{cfg.data}-{len(reference)}-{key:08x}.pt")
     if not cache.exists():
-        stats = feature_statistics(reference, inception, desc=f"reference, {len(reference):,} images")
-        write_atomically(cache, lambda f: torch.save([s.cpu() for s in stats], f))
-    stats = [s.to(reference.device) for s in torch.load(cache, weights_only=True)]
-    out = dict(fid_ref=f"{cfg.data} training images, {len(reference)}")
-    for name, draw in samplers.items():
-        x = to_uint8(in_batches(draw, cfg.samples, data.draw_label(cfg.samples)))
-        out[fid_name(cfg.samples) + name] = frechet_distance(*feature_statistics(x, inception, desc="samples" + name), *stats)
+        keep = []
+        stats = feature_statistics(reference, inception, desc=f"reference, {len(reference):,} images", keep=keep, device=device)
+        write_atomically(cache, lambda f: torch.save([t.cpu() for t in (*stats, torch.cat(keep)[:10000])], f))
+    *stats, real = (t.to(device) for t in torch.load(cache, weights_only=True))
+    stats = [t.to(device) for t in given] if given else stats
+    name = Path(cfg.fid_ref).stem if given else fid_name(len(reference), "train")
+    out = dict(fid_ref=cfg.fid_ref if given else f"{cfg.data} training images, {len(reference)}", fid_samples=cfg.samples)
+    for who, draw in samplers.items():
+        x, keep = in_batches(lambda n, label: to_uint8(draw(n, label)), cfg.samples, data.draw_label(cfg.samples)), []
+        fid = frechet_distance(*feature_statistics(x, inception, desc=who, keep=keep), *stats)
+        fake = torch.cat(keep)[:10000]
+        k = min(len(real), len(fake))
+        precision, recall = precision_recall(real[:k], fake[:k])
+        out |= {f"{fid_name(cfg.samples)}_{name}_{who}": fid, f"{fid_name(k, 'precision')}_{who}": precision, f"{fid_name(k, 'recall')}_{who}": recall}
     return out
 
 
@@ -1158,10 +1486,12 @@ def report(run, data, teacher, draw):
             line = "H {H:.5f} ({n:,} samples; 0 is perfect), {in_3std:.1%} within 3 std of a mode (data {in_3std_data:.1%}), " \
                    "mode weights {mode_min:.2f} to {mode_max:.2f} of the true ones".format(**metrics)
         elif cfg.fid:
-            z = lambda n: torch.randn(n, *data.shape, device=run.device)
-            metrics = image_metrics(cfg, data, {
-                "": draw, "_teacher_18_steps": lambda n, y: heun_sample(teacher, z(n), y, 18, cfg.sigma_min, cfg.sigma_max),
-                "_teacher_1_step": lambda n, y: teacher(cfg.sigma_max * z(n), torch.full((n,), cfg.sigma_max, device=run.device), y)})
+            z, steps = lambda n: torch.randn(n, *data.shape, device=run.device), getattr(cfg, "steps_student", 1)
+            samplers = {f"{steps}_step" + "s" * (steps > 1): draw, "teacher_1_step": lambda n, y: teacher(
+                cfg.sigma_max * z(n), torch.full((n,), cfg.sigma_max, device=run.device), y)}
+            if cfg.data == "cifar10":       # elsewhere it takes longer than the student; `python common.py sample` measures it once
+                samplers["teacher_18_steps"] = lambda n, y: heun_sample(teacher, z(n), y, 18, cfg.sigma_min, cfg.sigma_max)
+            metrics = image_metrics(cfg, data, samplers)
             line = ", ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{k}: {v}" for k, v in metrics.items())
         else:
             metrics, line = {}, "no FID was measured; --fid FILE does it"
@@ -1199,14 +1529,16 @@ def save_picture(path, panels, reach=None):
 
 def gallery(cfg, data, teacher, n=None):
     """(panels, z, label): pictures of data and teacher samples, and the fixed latents for the student's panel beside them."""
-    n = n or (5000 if cfg.data in TOYS else 64)
     device = pick_device(cfg)
+    large = device.type == "cpu" and sum(p.numel() for p in teacher.parameters()) > 10**7       # a second a call and image
+    n = n or (5000 if cfg.data in TOYS else 1 if large else 64)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         x, label = data.sample(n)
         z = torch.randn(n, *data.shape, device=device)
-        steps = 18
+        steps = 40 if cfg.data == "imagenet64" else 18
         fine = heun_sample(teacher, z, label, steps, cfg.sigma_min if cfg.data in TOYS else 0.002, cfg.sigma_max)
+    Images.ahead = None                                     # drawn in the fork, too
     return {f"data: {cfg.data}": x, f"teacher, {2 * steps - 1} network calls": fine}, z, label
 
 
@@ -1311,7 +1643,7 @@ class Run:
     ema.pt (the student) and metrics.json. Seeds PyTorch. A folder of other settings is refused; one of the same
     settings is continued with --resume, else renamed to <folder>~1, never overwritten.
     """
-    free = {"resume", "every", "samples", "sample", "fid", "fid_ref", "device", "micro", "compile", "data_dir", "out"}
+    free = {"resume", "every", "samples", "sample", "fid", "fid_ref", "device", "micro", "compile", "recompute", "data_dir", "out"}
 
     def __init__(self, cfg, script):
         check(cfg)
@@ -1323,6 +1655,7 @@ class Run:
             self._open(json.loads(json.dumps(dataclasses.asdict(cfg))))
         any_process(False)                                  # the others look into the folder only now
         torch.manual_seed(cfg.seed)
+        Images.ahead = None
 
     def _open(self, now):
         """Refuse, continue, set aside or make the folder of a run with the settings `now`."""
@@ -1473,7 +1806,7 @@ class Run:
             if bad:
                 raise UserError(f"weight {bad[0]} of {name} is not finite at step {self.step}; the checkpoint before it is kept; a lower --lr may help")
         rng = [torch.get_rng_state()] + ([torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else [])
-        everything = dict(step=self.step, seconds=time.time() - self.began, rng=rng,
+        everything = dict(step=self.step, seconds=time.time() - self.began, rng=rng, ahead=Images.ahead,
                           state={k: v if torch.is_tensor(v) else v.state_dict() for k, v in self.state.items()})
         if not rank():
             write_atomically(self.dir / "ema.pt", lambda f: torch.save(pack_denoiser(self.state["ema"].model, self.cfg), f))
@@ -1485,7 +1818,7 @@ class Run:
             saved = torch.load(self.dir / "last.pt", map_location="cpu", weights_only=True)
             for name, part in self.state.items():
                 (part.copy_ if torch.is_tensor(part) else part.load_state_dict)(saved["state"][name])
-            self.step, self.seconds = saved["step"], saved["seconds"]
+            self.step, self.seconds, Images.ahead = saved["step"], saved["seconds"], saved.get("ahead")
             torch.set_rng_state(saved["rng"][0])
             if self.device.type == "cuda" and len(saved["rng"]) > 1:
                 torch.cuda.set_rng_state(saved["rng"][1], self.device)
@@ -1516,10 +1849,56 @@ def draw(cfg, sample):
     """--sample: draw --samples from the student in a run folder into draw.npy and draw.png there."""
     student = load_denoiser(cfg.sample, cfg)
     if student.sigma_init is None:
-        raise UserError(f"{cfg.sample} holds a teacher, not a one-step student; draw from the folder of a distillation run")
+        raise UserError(f"{cfg.sample} holds a teacher, not a one-step student; python common.py sample --teacher draws from it")
     torch.manual_seed(cfg.seed)
     x = sample(student, cfg.samples, steps=student.steps)
     folder = Path(cfg.sample) if Path(cfg.sample).is_dir() else Path(cfg.sample).parent
     write_atomically(folder / "draw.npy", lambda f: np.save(f, x.cpu().numpy()))
     save_picture(folder / "draw.png", {f"{len(x):,} samples, {student.steps} network call{'s' * (student.steps > 1)} each": x})
     print(f"{folder}/draw.png and draw.npy: {len(x):,} samples")
+
+
+# ---- python common.py sample -----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Sampling(Shared):
+    samples: int = 64           # how many to draw; with --fid, to measure
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    heun: int = 18              # steps of Heun's method: 2 heun - 1 network calls
+    churn: float = 0.0          # EDM's S_churn, fresh noise on the way; 0: deterministic
+
+
+# EDM's samplers for its own networks; deterministic ones for ImageNet-64 are usually quoted with --heun 40 --churn 0
+SAMPLING = {**{name: dict(sigma_min=0.02, sigma_max=5.0) for name in TOYS}, "cifar10": {}, "imagenet64": dict(cond=True, heun=256, churn=40.0)}
+
+
+def sample_teacher(cfg):
+    """--teacher's samples by EDM's method into <out>/samples.png and .npy, and their metrics into metrics.json."""
+    if cfg.heun < 2 or not 0 <= cfg.churn < math.inf:
+        raise UserError("--heun must be at least 2, --churn at least 0")
+    toy, device = cfg.data in TOYS, pick_device(cfg)
+    data = load_data(cfg) if toy or cfg.fid or not cfg.teacher else None            # a file alone needs no data
+    teacher, start = load_teacher(cfg, data), time.time()
+    torch.manual_seed(cfg.seed)
+    noise = lambda n, label: torch.randn(n, *teacher.shape, device=device)
+    sample = lambda n, label: heun_sample(teacher, noise(n, label), label, cfg.heun, cfg.sigma_min, cfg.sigma_max, churn=cfg.churn)
+    draw = lambda n, label: in_batches(sample, n, label, cfg.micro or 500)
+    n, classes = min(cfg.samples, 64) if cfg.fid else cfg.samples, teacher.label_dim
+    label = F.one_hot(torch.arange(n, device=device) * classes // n, classes).float() if classes else None          # all of them, if n allows
+    x, folder = draw(n, label), Path(cfg.out or f"runs/sample-{cfg.data}-{cfg.seed}")
+    how = f"teacher_{cfg.heun}_steps" + f"_churn{cfg.churn:g}" * (cfg.churn > 0)
+    metrics = toy_metrics(x, data) if toy else image_metrics(cfg, data, {how: draw}) if cfg.fid else {}
+    metrics |= dict(teacher=cfg.teacher, n=cfg.samples if cfg.fid else n, calls=2 * cfg.heun - 1, seconds=round(time.time() - start, 1))
+    save_picture(folder / "samples.png", {f"{how.replace('_', ' ')}, {2 * cfg.heun - 1} network calls": x})
+    write_atomically(folder / "samples.npy", lambda f: np.save(f, x.cpu().numpy()))
+    write_atomically(folder / "metrics.json", lambda f: f.write(json.dumps(metrics, indent=1).encode()))
+    print(f"{folder}/samples.png, samples.npy, metrics.json: " + ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k}: {v}" for k, v in metrics.items()))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] != ["sample"]:
+        sys.exit("usage: python common.py sample --teacher FILE --data DATA [--flag value] ..., see python common.py sample -h")
+    del sys.argv[1]
+    main(Sampling, SAMPLING, sample_teacher, sample_teacher)

@@ -23,7 +23,8 @@ end 0.0002).  6. One EMA; the learning rate falls to 0 over the last half; Adam 
 
     python dmd.py                                       # ring of 8 Gaussians: about 65 s on one CPU core, H about 0.0001
     python dmd.py --variant vsd                         # the same without data: about 40 s, H about 0.0004
-    python dmd.py --data cifar10 --dtype bf16           # full size, FastGen's settings: not yet run
+    python dmd.py --data cifar10 --dtype bf16 --teacher edm-cifar10-32x32-cond-vp.pkl              # full size, FastGen's
+    python dmd.py --data imagenet64 --dtype bf16 --teacher edm-imagenet-64x64-cond-adm.pkl         # and DMD2's settings: not yet run
 """
 import hashlib
 import json
@@ -70,6 +71,11 @@ PRESETS = {
     "cifar10": dict(net="ddpmpp", cond=True, teacher_steps=100_000, steps=20_000, batch=2048, micro=256, lr=1e-4, lr_fake=1e-4,
                     fake_updates=4, gan_weight=1e-3, disc_weight=1e-2, pairs=100_000, rank=64, end_to_end=False, ema=0.9999, sigma_min=0.002,
                     sigma_max=80.0, sigma_init=80.0, every=1000, samples=50_000),
+    # DMD2's ImageNet-64 experiment with the GAN from the start: 194K steps, every fifth the student's, no EMA; DMD's 25,000
+    # pairs. It wants --teacher edm-imagenet-64x64-cond-adm.pkl; --micro 28 is for 80 GB (README's memory table). Not yet run.
+    "imagenet64": dict(net="adm", cond=True, steps=39_000, batch=280, micro=28, lr=2e-6, lr_fake=2e-6, fake_updates=5, gan_weight=3e-3,
+                       disc_weight=1e-2, pairs=25_000, rank=64, end_to_end=False, ema=0.0, sigma_min=0.002, sigma_max=80.0,
+                       sigma_init=80.0, every=1000, samples=50_000),
 }
 
 # ---- the method ------------------------------------------------------------------------------------------------------

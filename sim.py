@@ -21,7 +21,8 @@ loss, of no effect under Adam, is left out.  6. The EMA's decay is constant; the
 7. A NaN ends the run, SiD drops such samples.  8. SIM's settings for CIFAR-10 are not public: SiD's stand in.
 
     python sim.py                                       # ring of 8 Gaussians: about 50 s of one CPU core, H about 0.0002
-    python sim.py --data cifar10 --dtype bf16           # SiD's settings, full size: not yet run
+    python sim.py --data cifar10 --dtype bf16 --teacher edm-cifar10-32x32-cond-vp.pkl              # SiD's settings, full size:
+    python sim.py --data imagenet64 --dtype bf16 --teacher edm-imagenet-64x64-cond-adm.pkl         # not yet run
 """
 from dataclasses import dataclass
 
@@ -55,6 +56,10 @@ PRESETS = {
     # sigma above 24.4 = karras(0.8) is left out. c as in consistency training, 0.00054 sqrt(3072), a guess. Not yet run here.
     "cifar10": dict(net="ddpmpp", cond=True, teacher_steps=100_000, c=0.03, alpha=1.2, steps=3_125_000, batch=256, lr=1e-5,
                     lr_fake=1e-5, fake_updates=1, ema=0.99965, sigma_min=0.002, sigma_max=80.0, every=10_000, samples=50_000),
+    # SiD's table for ImageNet-64: a billion images at batch 8192, EMA with a half-life of two million; c again 0.00054 times the
+    # root of the dimensions. It wants --teacher edm-imagenet-64x64-cond-adm.pkl; --micro 16 is for 80 GB (README). Not yet run.
+    "imagenet64": dict(net="adm", cond=True, c=0.06, alpha=1.2, steps=122_000, batch=8192, micro=16, lr=4e-6, lr_fake=4e-6,
+                       fake_updates=1, ema=0.99716, sigma_min=0.002, sigma_max=80.0, every=1000, samples=50_000),
 }
 
 # ---- the method ------------------------------------------------------------------------------------------------------

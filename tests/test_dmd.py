@@ -344,6 +344,6 @@ def test_images_end_to_end(tmp_path, kw):
                                 teacher_steps=2, samples=12, every=2, sigma_min=0.002, sigma_max=80.0, sigma_init=80.0, micro=4,
                                 out="run", **kw))
     metrics = json.loads((run.dir / "metrics.json").read_text())
-    assert "fid" not in kw or all(math.isfinite(metrics[f"fid12{name}"]) for name in ("", "_teacher_18_steps", "_teacher_1_step"))
+    assert "fid" not in kw or all(math.isfinite(metrics[f"fid12_train100_{name}"]) for name in ("2_steps", "teacher_18_steps", "teacher_1_step"))
     x = sample(student, 3, steps=kw.get("steps_student", 1))
     assert x.shape == (3, 3, 32, 32) and x.isfinite().all() and (run.dir / "samples.png").exists()

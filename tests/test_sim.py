@@ -221,7 +221,7 @@ def test_images_end_to_end_and_data_free(tmp_path, monkeypatch):
     student, run = train(cfg)
     metrics = json.loads((run.dir / "metrics.json").read_text())
     assert metrics["fid_ref"] == "cifar10 training images, 100"
-    assert all(math.isfinite(metrics[f"fid12{name}"]) for name in ("", "_teacher_18_steps", "_teacher_1_step"))
+    assert all(math.isfinite(metrics[f"fid12_train100_{name}"]) for name in ("1_step", "teacher_18_steps", "teacher_1_step"))
     x = sim.sample(student, 3)
     assert x.shape == (3, 3, 32, 32) and x.isfinite().all()
 
