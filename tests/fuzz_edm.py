@@ -32,7 +32,7 @@ def _hook(event, args):
 
 def watch(path):
     """Install the hook, once; it cannot be taken away again and sleeps outside of `load`. What is imported at first use, before."""
-    str(b"", "raw-unicode-escape")                      # a codec of Python's own, of pickletools
+    str(b"a", "raw-unicode-escape")                     # a codec of Python's own, of pickletools
     for adm in (False, True):
         path.write_bytes(edm_bytes(tiny(adm)))
         common.load_edm(path, common.Shared(device="cpu"))
