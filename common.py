@@ -715,6 +715,7 @@ def load_denoiser(path, cfg):
         net.load_state_dict(saved["model"])
         denoiser = Denoiser(net, saved["sigma_data"], cfg.dtype)
         denoiser.sigma_init, denoiser.steps = saved["sigma_init"], saved["config"].get("steps_student", 1)
+        denoiser.config = saved["config"]
     except UserError:
         raise
     except Exception as e:          # whatever torch.load meets in a foreign or damaged file
@@ -962,8 +963,11 @@ def image_metrics(cfg, data, samplers):
     return out
 
 
-def report(run, data, teacher, draw):
-    """Measure the finished student draw(n, label) -> x, write metrics.json, print figures and where things are; returns them."""
+def report(run, data, teacher, draw, extra=dict):
+    """
+    Measure the finished student draw(n, label) -> x and what extra() -> {name: value} adds, write metrics.json, print
+    figures and where things are; returns them.
+    """
     cfg, start = run.cfg, time.time()
     with torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):
         torch.manual_seed(cfg.seed)
@@ -979,6 +983,8 @@ def report(run, data, teacher, draw):
             line = ", ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{k}: {v}" for k, v in metrics.items())
         else:
             metrics, line = {}, "no FID was measured; --fid FILE does it"
+        more = extra()
+        metrics, line = metrics | more, ", ".join([line, *(f"{k} {v:.5f}" for k, v in more.items())])
     run.finish(metrics)
     print(f"{run.dir}/samples.png   more samples: python {run.script}.py --sample {run.dir} --samples 64")
     print(f"{run.script} {cfg.data} seed {cfg.seed}, {cfg.steps} steps in {run.seconds:.0f} s (+ {time.time() - start:.0f} s to measure): {line}")
@@ -1219,6 +1225,7 @@ def draw(cfg, sample):
     if student.sigma_init is None:
         raise UserError(f"{cfg.sample} holds a teacher, not a one-step student; draw from the folder of a distillation run")
     torch.manual_seed(cfg.seed)
+    student.steps = getattr(cfg, "nfe", student.steps)
     x = sample(student, cfg.samples, steps=student.steps)
     folder = Path(cfg.sample) if Path(cfg.sample).is_dir() else Path(cfg.sample).parent
     write_atomically(folder / "draw.npy", lambda f: np.save(f, x.cpu().numpy()))
