@@ -977,7 +977,7 @@ def report(run, data, teacher, draw, extra=dict):
                    "mode weights {mode_min:.2f} to {mode_max:.2f} of the true ones".format(**metrics)
         elif cfg.fid:
             z = lambda n: torch.randn(n, *data.shape, device=run.device)
-            metrics = image_metrics(cfg, data, {
+            metrics = image_metrics(cfg, data, {"": draw} if teacher is None else {
                 "": draw, "_teacher_18_steps": lambda n, y: heun_sample(teacher, z(n), y, 18, cfg.sigma_min, cfg.sigma_max),
                 "_teacher_1_step": lambda n, y: teacher(cfg.sigma_max * z(n), torch.full((n,), cfg.sigma_max, device=run.device), y)})
             line = ", ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{k}: {v}" for k, v in metrics.items())
@@ -1024,6 +1024,8 @@ def gallery(cfg, data, teacher, n=None):
         torch.manual_seed(0)
         x, label = data.sample(n)
         z = torch.randn(n, *data.shape, device=device)
+        if teacher is None:
+            return {f"data: {cfg.data}": x}, z, label
         steps = 18
         fine = heun_sample(teacher, z, label, steps, cfg.sigma_min if cfg.data in TOYS else 0.002, cfg.sigma_max)
     return {f"data: {cfg.data}": x, f"teacher, {2 * steps - 1} network calls": fine}, z, label

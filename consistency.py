@@ -23,21 +23,21 @@ ctm, meanflow and boot see a second time s, as further inputs beside the label: 
 import copy
 import math
 from collections import namedtuple
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (EMA, TOYS, Block, Denoiser, Run, Shared, UserError, bcast, energy_coefficient, gallery, initial_student, karras,
-                    karras_sigmas, load_data, load_teacher, lognormal_sigma, lr_factor, main, micro_batches, place, report, set_lr,
+from common import (EMA, IMAGES, TOYS, Block, Denoiser, Run, Shared, UserError, bcast, build, energy_coefficient, gallery, initial_student,
+                    karras_sigmas, load_data, load_teacher, lr_factor, main, micro_batches, place, report, set_lr,
                     trigflow_from_denoiser, velocity_from_denoiser)
 
 # What a loss calls for where the flag is left at -1. mid is the second level of sampling, in units of the data's std.
 AUTO = {
     "cd": dict(N=18, c=0.0, mid=2.76),          # index 22 of 40: sigma 1.382 at std 0.5
-    "ct": dict(N=160, c=8e-4, mid=1.64),        # 0.00054 sqrt(dimensions); sigma 0.821
-    "ect": dict(c=8e-4, mid=1.64),
+    "ct": dict(N=160, mid=1.64),                # sigma 0.821; the paper has N 1280 for 400k updates
+    "ect": dict(mid=1.64),
     "scd": dict(mid=1.96), "sct": dict(mid=1.96),                       # t = 1.1
     "sprint": dict(mid=1.56),                                           # t = 1.0
     "scott": dict(N=18, c=0.0, mid=2.76),
@@ -71,11 +71,15 @@ class Config(Shared):
     warmup: float = 0.2         # sCM: share of the training in which the tangent's second term comes in
     eta: float = 0.1            # scott: noise of the teacher's step, 0: cd
     gamma: float = 0.0          # ctm, meanflow: fresh noise when sampling, 0: none, 1: all, as consistency models do
+    dsm: float = 0.1            # ctm: weight of the denoising loss
     adv: float = 0.5            # sprint: weight of the adversarial term
+    lr_disc: float = 2e-3       # sprint: learning rate of the discriminator's head
     dropout: float = 0.0        # dropout in the student (images)
 
     def __post_init__(self):
-        for name, value in dict(AUTO.get(self.loss, {}), sigma_init=self.sigma_max).items():
+        shape = TOYS[self.data].shape if self.data in TOYS else IMAGES.get(self.data, [(1,)])[0]
+        huber = 0.00054 * math.prod(shape) ** 0.5                       # iCT, Sec. 3.3
+        for name, value in {"c": huber, **AUTO.get(self.loss, {}), "sigma_init": self.sigma_max}.items():
             if getattr(self, name) == -1:
                 setattr(self, name, value)
 
@@ -169,7 +173,7 @@ def scott_loss(G, minus, teacher, b, cfg, progress):
     with torch.no_grad(), same_dropout(x_t):
         x_lower = x_t
         for k, eps in enumerate(b.more.unbind(1)):
-            start, end = (sigma + (lower - sigma) * j / 3 for j in (k, k + 1))
+            start, end = (sigma + (lower - sigma) * j / b.more.shape[1] for j in (k, k + 1))
             x_lower = noisy_step(teacher, x_lower, start, end, b.label, cfg.eta, eps)
         target = f(minus, x_lower, lower, b.label)
     return distance(f(G, x_t, sigma, b.label), target, cfg.c), sigma
@@ -238,7 +242,7 @@ def ctm_loss(G, minus, teacher, b, cfg, progress):
         target = clean(at_s, s)
     denoised = G(x_t, t, second_time(t, t, b.label))
     dsm = (1 / t**2 + 1 / G.sigma_data**2) * (denoised - b.x).square().flatten(1).mean(1)
-    return distance(clean(jump(G, x_t, t, s, b.label), s), target, cfg.c) + 0.1 * dsm, t
+    return distance(clean(jump(G, x_t, t, s, b.label), s), target, cfg.c) + cfg.dsm * dsm, t
 
 
 def meanflow_loss(G, minus, teacher, b, cfg, progress):
@@ -269,6 +273,24 @@ def boot_loss(G, minus, teacher, b, cfg, progress):
     return distance(jump(G, x_T, T, lower, b.label), target, cfg.c) / k**2 + 0.1 * boundary, sigma
 
 
+def hinge_loss(logit_real, logit_fake):
+    """The discriminator's side (B,); the student's is - logit_fake (2503.09641, Sec. 3.3)."""
+    return 0.5 * (F.relu(1 - logit_real) + F.relu(1 + logit_fake))
+
+
+def look(critic, disc, x, b, cfg):
+    """The head's logit (B,) from the frozen teacher's features of x, noised to a level between 0.02 and sigma_max."""
+    sigma = lognormal(b.w, cfg)
+    return disc(critic(x + bcast(sigma, x) * b.more[:, 0], sigma, b.label, features="only"))[:, 0]
+
+
+def guess(G, b, cfg):
+    """The student's sample (B, ...) that the discriminator sees: from the highest level in half of the batch."""
+    half = (torch.arange(len(b.u), device=b.u.device) % 2 == 0)
+    sigma = torch.where(half, torch.full_like(b.u, cfg.sigma_max), lognormal(1 - b.u, cfg))
+    return f(G, b.x + bcast(sigma, b.x) * b.eps, sigma, b.label)
+
+
 LOSSES = dict(cd=cd_loss, ct=ct_loss, ect=ect_loss, scd=scm_loss, sct=scm_loss, sprint=scm_loss, scott=scott_loss,
               ctm=ctm_loss, meanflow=meanflow_loss, boot=boot_loss)
 
@@ -286,6 +308,15 @@ class Weight(nn.Module):
     def forward(self, sigma):
         angle = sigma.log()[:, None] / 4 * torch.arange(1, 5, device=sigma.device)
         return self.layer(torch.cat([angle.sin(), angle.cos(), sigma.log()[:, None] / 4], 1))[:, 0]
+
+
+def make_discriminator(shape):
+    """Head that turns the teacher's features, (C,) or (C, R, R), into a logit (B, 1)."""
+    if len(shape) == 1:
+        return nn.Sequential(nn.Linear(shape[0], shape[0]), nn.ReLU(), nn.Linear(shape[0], 1))
+    c = shape[0]
+    return nn.Sequential(nn.Conv2d(c, c, 3, 2, 1), nn.GroupNorm(math.gcd(32, c), c), nn.SiLU(), nn.Conv2d(c, c, 3, 2, 1),
+                         nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, 1))
 
 
 def widen(denoiser, more):
@@ -306,8 +337,8 @@ def widen(denoiser, more):
 
 
 def make_student(cfg, teacher, data):
-    """A trainable copy of the teacher, with a second time if the loss wants one."""
-    G = initial_student(cfg, teacher, data)
+    """A trainable copy of the teacher, or (ct) a fresh network; with a second time if the loss wants one."""
+    G = initial_student(cfg, teacher, data) if teacher else build(cfg, data.shape, data.label_dim, data.sigma_data)
     G = place(widen(G, 6), cfg).train() if cfg.loss in SECOND_TIME else G
     for block in G.modules():
         if isinstance(block, Block):
@@ -320,20 +351,44 @@ def draw(n, data, device, loss):
     """All that is random about n training pairs. BOOT reads no data."""
     x, label = (None, data.draw_label(n)) if loss == "boot" else data.sample(n)
     eps, (u, w) = torch.randn(n, *data.shape, device=device), torch.rand(2, n, device=device)
-    return Draw(eps, x, label, u, w, torch.randn(n, 3, *data.shape, device=device) if loss == "scott" else None)
+    return Draw(eps, x, label, u, w, torch.randn(n, 3, *data.shape, device=device) if loss in ("scott", "sprint") else None)
+
+
+def complain(cfg):
+    """Raise UserError for settings that cannot work."""
+    for bad, sentence in (
+        (cfg.loss not in LOSSES, f"unknown loss {cfg.loss!r}: choose one of {', '.join(LOSSES)}"),
+        (cfg.loss == "ct" and cfg.teacher, "--loss ct trains without a teacher; leave --teacher away, or take ect, which starts from one"),
+        (cfg.sigma_init != cfg.sigma_max, "a consistency student starts at --sigma_max; leave --sigma_init away"),
+        (cfg.loss in ("cd", "scott", "ctm", "boot") and cfg.N < 2, f"--N must be at least 2, not {cfg.N}"),
+        (cfg.loss == "ct" and not 2 <= cfg.s0 <= cfg.N, f"--s0 {cfg.s0} must lie between 2 and --N {cfg.N}"),
+        (min(cfg.nfe, cfg.stages) < 1 or cfg.q <= 1, "--nfe and --stages must be at least 1, --q above 1"),
+        (not 0 < cfg.mid < math.inf or not 0 < cfg.p_std < math.inf or not 0 < cfg.lr_disc < math.inf,
+         "--mid, --p_std and --lr_disc must be positive"),
+        (not 0 <= cfg.target_ema < 1 or not 0 <= cfg.dropout < 1, "--target_ema and --dropout must lie in [0, 1)"),
+        (not 0 <= min(cfg.warmup, cfg.eta, cfg.gamma) <= max(cfg.warmup, cfg.eta, cfg.gamma) <= 1,
+         "--warmup, --eta and --gamma must lie in [0, 1]"),
+        (min(cfg.adv, cfg.dsm) < 0 or cfg.c < 0, "--adv, --dsm and --c must be at least 0"),
+        (cfg.dropout and cfg.data in TOYS, "--dropout is for images: the toys' network has none"),
+    ):
+        if bad:
+            raise UserError(sentence)
 
 
 def train(cfg):
     """Distil, or train, as cfg says; returns the averaged student and its Run."""
-    if cfg.loss not in LOSSES:
-        raise UserError(f"unknown loss {cfg.loss!r}: choose one of {', '.join(LOSSES)}")
+    complain(cfg)
     data = load_data(cfg)
-    teacher = load_teacher(cfg, data)
+    teacher = None if cfg.loss == "ct" else load_teacher(cfg, data)
     run = Run(cfg, "consistency")
     G = make_student(cfg, teacher, data)
     minus, ema, weight = copy.deepcopy(G).requires_grad_(False), EMA(G, cfg.ema), Weight().to(run.device)
     opt = torch.optim.Adam([*G.parameters(), *weight.parameters()], betas=(0.9, 0.99), fused=True)
     state = dict(G=G, minus=minus, weight=weight, ema=ema, opt=opt)
+    if cfg.loss == "sprint":
+        critic = teacher if isinstance(teacher, Denoiser) else initial_student(cfg, teacher, data).eval().requires_grad_(False)
+        disc = make_discriminator(critic.net.feature_shape()).to(run.device)
+        state |= dict(disc=disc, opt_disc=torch.optim.Adam(disc.parameters(), cfg.lr_disc, betas=(0.0, 0.99), fused=True))
     panels, z_show, label_show = gallery(cfg, data, teacher)
     micro, loss_of = cfg.micro or cfg.batch, LOSSES[cfg.loss]
     guide = None if cfg.loss in ("ct", "ect", "sct") else teacher
@@ -342,24 +397,43 @@ def train(cfg):
         set_lr(opt, cfg.lr * lr_factor(run.progress))
         torch._foreach_lerp_(list(minus.parameters()), list(G.parameters()), 1 - cfg.target_ema if step else 1.0)
 
+        # 1. sprint: the discriminator learns to tell the student's samples from data
+        if cfg.loss == "sprint":
+            for part in micro_batches(micro, *draw(cfg.batch, data, run.device, cfg.loss)):
+                b = Draw(*part)
+                with torch.no_grad():
+                    x = guess(G, b, cfg)
+                loss_disc = hinge_loss(look(critic, disc, b.x, b, cfg), look(critic, disc, x, b, cfg)).mean()
+                (loss_disc * micro / cfg.batch).backward()
+            state["opt_disc"].step()
+            state["opt_disc"].zero_grad()
+            disc.requires_grad_(False)
+
+        # 2. the student
         for part in micro_batches(micro, *draw(cfg.batch, data, run.device, cfg.loss)):
-            loss, sigma = loss_of(G, minus, guide, Draw(*part), cfg, run.progress)
-            if cfg.loss in TANGENT:
+            b = Draw(*part)
+            loss, sigma = loss_of(G, minus, guide, b, cfg, run.progress)
+            if cfg.loss in TANGENT:                         # sCM's adaptive weight
                 w = weight(sigma)
                 loss = w.exp() * loss - w
-            loss = loss.mean()
-            (loss * micro / cfg.batch).backward()
+            total = loss = loss.mean()
+            if cfg.loss == "sprint":
+                total = loss - cfg.adv * look(critic, disc, guess(G, b, cfg), b, cfg).mean()
+            (total * micro / cfg.batch).backward()
+        if cfg.loss == "sprint":
+            disc.requires_grad_(True)
         opt.step()
         opt.zero_grad()
         ema.update(G)
-        run.log(loss=loss)
+        run.log(loss=loss, **dict(disc=loss_disc) if cfg.loss == "sprint" else {})
         if run.due():
             run.show({**panels, f"{cfg.loss}, {cfg.nfe} network call": sample(ema.model, len(z_show), label_show, cfg.nfe, z_show)})
-    fine = list(panels.values())[1]
 
     def extra():
-        x = sample(ema.model, len(z_show), label_show, 1, z_show)
-        out = dict(paired=(x - fine).square().mean().sqrt().item())
+        out = {}
+        if teacher:                                         # against the end points of the teacher's own ODE
+            x = sample(ema.model, len(z_show), label_show, 1, z_show)
+            out["paired"] = (x - list(panels.values())[1]).square().mean().sqrt().item()
         if cfg.data in TOYS:
             out["H_2_steps"] = energy_coefficient(sample(ema.model, cfg.samples, steps=2), data.sample(cfg.samples)[0])
         return out
@@ -370,6 +444,8 @@ def train(cfg):
 @torch.no_grad()
 def sample(student, n, label=None, steps=1, z=None):
     """n samples (n, ...) of a student in `steps` network calls; random labels if it wants some and gets none."""
+    if steps < 1:
+        raise UserError(f"--nfe must be at least 1, not {steps}")
     cfg, device = student.config, next(student.parameters()).device
     second = cfg["loss"] in SECOND_TIME
     gamma, classes = cfg["gamma"] if second else 1.0, student.label_dim - 6 * second
