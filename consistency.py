@@ -395,7 +395,8 @@ def train(cfg):
 
     for step in run.steps(state):
         set_lr(opt, cfg.lr * lr_factor(run.progress))
-        torch._foreach_lerp_(list(minus.parameters()), list(G.parameters()), 1 - cfg.target_ema if step else 1.0)
+        with torch.no_grad():                                   # the network held fixed follows
+            torch._foreach_lerp_(list(minus.parameters()), list(G.parameters()), 1 - cfg.target_ema if step else 1.0)
 
         # 1. sprint: the discriminator learns to tell the student's samples from data
         if cfg.loss == "sprint":

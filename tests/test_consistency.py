@@ -9,7 +9,7 @@ import torch
 import common
 import consistency
 from common import GaussianMixture, UserError
-from conftest import check_micro, check_resume, main_in_process
+from conftest import check_micro, check_resume, flat, main_in_process
 from consistency import LOSSES, Config, Draw, train
 
 F64 = torch.float64
@@ -322,6 +322,18 @@ def test_every_loss_runs_saves_and_draws(loss):
         assert torch.equal(consistency.sample(again, 50, steps=steps, z=z), want)
     assert main_in_process(consistency, "--sample", "run", "--samples", 30, "--nfe", 2, "--device", "cpu")[0] == 0
     assert common.Path("run/draw.npy").exists()
+
+
+def test_the_target_network_is_the_student_without_a_graph(monkeypatch):
+    """--target_ema 0: at every step `minus` holds the student's weights and no history; gradients reach the student alone."""
+    def spy(G, minus, teacher, b, cfg, progress, loss=LOSSES["ctm"]):
+        assert torch.equal(flat(G), flat(minus)) and not any(p.requires_grad for p in minus.parameters())
+        seen.append(1)
+        return loss(G, minus, teacher, b, cfg, progress)
+    seen = []
+    monkeypatch.setitem(LOSSES, "ctm", spy)
+    train(quick(loss="ctm"))
+    assert len(seen) == 4
 
 
 def test_boot_reads_no_data():
