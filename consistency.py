@@ -222,6 +222,17 @@ def ect_loss(G, minus, teacher, b, cfg, progress):
     return distance(f(G, x_t, sigma, b.label), target, cfg.c) / (sigma - lower), sigma
 
 
+def jvp(function, inputs, tangents):
+    """torch.func.jvp for networks: fused attention knows no forward derivative, group norm only on contiguous tensors."""
+    plain = lambda m, x: (x[0].clone(memory_format=torch.contiguous_format),) if isinstance(m, nn.GroupNorm) else None
+    hook = nn.modules.module.register_module_forward_pre_hook(plain)
+    try:
+        with nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
+            return torch.func.jvp(function, inputs, tangents)
+    finally:
+        hook.remove()
+
+
 def tangent(D, x_t, t, slope, label, sigma_data, r=1.0):
     """
     cos t times df/dt (B, ...) of f = cos t x_t - sin t sd F along the path with dx/dt = slope, its second term times r
@@ -229,8 +240,7 @@ def tangent(D, x_t, t, slope, label, sigma_data, r=1.0):
     """
     cos, sin = bcast(t.cos(), x_t), bcast(t.sin(), x_t)
     F_trig = lambda x, t: trigflow_from_denoiser(D, x, t, label, sigma_data)
-    with nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):            # fused attention knows no forward derivative
-        out, dF = torch.func.jvp(F_trig, (x_t, t), (cos * sin * slope, t.cos() * t.sin()))
+    out, dF = jvp(F_trig, (x_t, t), (cos * sin * slope, t.cos() * t.sin()))
     return -cos**2 * (sigma_data * out - slope) - r * (cos * sin * x_t + sigma_data * dF)
 
 
@@ -272,9 +282,9 @@ def meanflow_loss(G, minus, teacher, b, cfg, progress):
     r = torch.where(b.w < 0.5, t, t * 2 * (1 - b.w))
     z = bcast(1 - t, b.x) * b.x + bcast(t, b.x) * b.eps
     u = lambda D, z, t: velocity_from_denoiser(lambda x, s, y: D(x, s, second_time(s, r / (1 - r), y)), z, t, b.label)
-    with torch.no_grad(), same_dropout(z), nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
+    with torch.no_grad(), same_dropout(z):
         v = velocity_from_denoiser(teacher, z, t, b.label)
-        _, du = torch.func.jvp(lambda z, t: u(minus, z, t), (z, t), (v, torch.ones_like(t)))
+        _, du = jvp(lambda z, t: u(minus, z, t), (z, t), (v, torch.ones_like(t)))
     error = (u(G, z, t) - (v - bcast(t - r, z) * du)).square().flatten(1).sum(1)
     return error / (error.detach() + 0.01), sigma
 
@@ -448,7 +458,8 @@ def train(cfg):
         ema.update(G)
         run.log(loss=loss, **dict(disc=loss_disc) if cfg.loss == "sprint" else {})
         if run.due():
-            run.show({**panels, f"{cfg.loss}, {cfg.nfe} network call{'s' * (cfg.nfe > 1)}": sample(ema.model, len(z_show), label_show, cfg.nfe, z_show)})
+            run.show({**panels, f"{cfg.loss}, {cfg.nfe} network call{'s' * (cfg.nfe > 1)}":
+                      sample(ema.model, len(z_show), label_show, cfg.nfe, z_show)})
 
     def extra():
         out = {}

@@ -361,3 +361,16 @@ def test_bad_input(wrong, says):
     with pytest.raises(UserError, match=says):
         train(quick(**wrong))
     assert not common.Path("run").exists()
+
+
+def test_tangent_through_a_unet_with_attention():
+    """Forward derivatives exist for the image network: against finite differences, to float32's accuracy."""
+    D = common.Denoiser(common.UNet(8, 1, width=8, mult=(1,), blocks=1, attention=(8,)), 0.5)
+    for p in D.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    x_t, slope, t = torch.randn(4, 1, 8, 8), torch.randn(4, 1, 8, 8), torch.rand(4) + 0.3
+    with torch.no_grad():
+        got = consistency.tangent(D, x_t, t, slope, None, 0.5)
+        f_trig = lambda h: D((x_t + h * slope) / common.bcast((t + h).cos(), x_t), 0.5 * (t + h).tan())
+        want = common.bcast(t.cos(), x_t) * (f_trig(1e-2) - f_trig(-1e-2)) / 2e-2
+    assert (got - want).abs().max() < 0.02 * want.abs().max()
