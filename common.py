@@ -496,6 +496,49 @@ def denoising_loss(d, target, sigma, sigma_data):
     return (1 / sigma**2 + 1 / sigma_data**2) * (d - target).square().flatten(1).mean(1)
 
 
+# One state in four coordinates: a point x_t = a x + b eps of any path is a denoiser's x_t / a at sigma = b / a, exactly.
+#     VP              a^2 = A, b^2 = 1 - A (A = alpha-bar)     eps = (x_t / a - D) / sigma
+#     rectified flow  a = 1 - t, b = t (noise at t = 1)        v = dx_t/dt = (x_t - D) / t
+#     TrigFlow        a = cos t, b = sd sin t                  sd F = dx_t/dt = (cos t x_t - D) / sin t      (2410.11081)
+# Levels A, t, sigma are (B,), x_t (B, ...); F of EDM's own network is minus the network. If noise is at t = 0, v changes sign.
+
+
+def eps_from_denoiser(D, x_t, alpha_bar, label=None):
+    """The VP noise estimate that is the same thing as the denoiser D."""
+    x, sigma = x_t / bcast(alpha_bar, x_t).sqrt(), (1 / alpha_bar - 1).sqrt()
+    return (x - D(x, sigma, label)) / bcast(sigma, x_t)
+
+
+def denoiser_from_eps(eps, x_t, sigma, label=None):
+    """The denoised estimate of x_t = x + sigma eps by a VP noise estimator eps(x_t, alpha_bar, label)."""
+    alpha_bar = 1 / (1 + sigma**2)
+    return x_t - bcast(sigma, x_t) * eps(bcast(alpha_bar, x_t).sqrt() * x_t, alpha_bar, label)
+
+
+def velocity_from_denoiser(D, x_t, t, label=None):
+    """The rectified-flow velocity at x_t = (1 - t) x + t eps, 0 < t < 1, that is the same thing as the denoiser D."""
+    return (x_t - D(x_t / bcast(1 - t, x_t), t / (1 - t), label)) / bcast(t, x_t)
+
+
+def denoiser_from_velocity(v, x_t, sigma, label=None):
+    """The denoised estimate of x_t = x + sigma eps by a velocity v(x_t, t, label)."""
+    t, x = sigma / (1 + sigma), x_t / bcast(1 + sigma, x_t)
+    return x - bcast(t, x) * v(x, t, label)
+
+
+def trigflow_from_denoiser(D, x_t, t, label=None, sigma_data=0.5):
+    """TrigFlow's F at x_t = cos t x + sin t sigma_data eps, 0 < t < pi/2, that is the same thing as the denoiser D."""
+    cos, sin = bcast(t.cos(), x_t), bcast(t.sin(), x_t)
+    return (cos * x_t - D(x_t / cos, sigma_data * t.tan(), label)) / (sigma_data * sin)
+
+
+def denoiser_from_trigflow(F_trig, x_t, sigma, label=None, sigma_data=0.5):
+    """The denoised estimate of x_t = x + sigma eps by a TrigFlow network F_trig(x_t, t, label)."""
+    t = torch.arctan(sigma / sigma_data)
+    cos, sin = bcast(t.cos(), x_t), bcast(t.sin(), x_t)
+    return cos**2 * x_t - sigma_data * sin * F_trig(cos * x_t, t, label)
+
+
 # ---- 4. networks -----------------------------------------------------------------------------------------------------
 # A network maps (x, c_noise (B,), label) to x's shape in two halves: encode() -> (features, rest), decode(features, rest).
 # The last feature is what a discriminator's head reads, so one pass serves a denoiser and a discriminator at once.
@@ -825,6 +868,7 @@ def load_denoiser(path, cfg):
         net.load_state_dict(saved["model"])
         denoiser = Denoiser(net, saved["sigma_data"], cfg.dtype)
         denoiser.sigma_init, denoiser.steps = saved["sigma_init"], saved["config"].get("steps_student", 1)
+        denoiser.config = saved["config"]
     except UserError:
         raise
     except Exception as e:          # whatever torch.load meets in a foreign or damaged file
@@ -1474,8 +1518,11 @@ def image_metrics(cfg, data, samplers):
     return out
 
 
-def report(run, data, teacher, draw):
-    """Measure the finished student draw(n, label) -> x, write metrics.json, print figures and where things are; returns them."""
+def report(run, data, teacher, draw, extra=dict):
+    """
+    Measure the finished student draw(n, label) -> x and what extra() -> {name: value} adds, write metrics.json, print
+    figures and where things are; returns them.
+    """
     cfg, start = run.cfg, time.time()
     if rank():                                              # the first process measures
         return {}
@@ -1486,15 +1533,18 @@ def report(run, data, teacher, draw):
             line = "H {H:.5f} ({n:,} samples; 0 is perfect), {in_3std:.1%} within 3 std of a mode (data {in_3std_data:.1%}), " \
                    "mode weights {mode_min:.2f} to {mode_max:.2f} of the true ones".format(**metrics)
         elif cfg.fid:
-            z, steps = lambda n: torch.randn(n, *data.shape, device=run.device), getattr(cfg, "steps_student", 1)
-            samplers = {f"{steps}_step" + "s" * (steps > 1): draw, "teacher_1_step": lambda n, y: teacher(
-                cfg.sigma_max * z(n), torch.full((n,), cfg.sigma_max, device=run.device), y)}
-            if cfg.data == "cifar10":       # elsewhere it takes longer than the student; `python common.py sample` measures it once
+            z, calls = lambda n: torch.randn(n, *data.shape, device=run.device), getattr(cfg, "steps_student", getattr(cfg, "nfe", 1))
+            samplers = {f"{calls}_step" + "s" * (calls > 1): draw}
+            if teacher is not None:
+                samplers["teacher_1_step"] = lambda n, y: teacher(cfg.sigma_max * z(n), torch.full((n,), cfg.sigma_max, device=run.device), y)
+            if teacher is not None and cfg.data == "cifar10":   # elsewhere longer than the student; `common.py sample` measures it once
                 samplers["teacher_18_steps"] = lambda n, y: heun_sample(teacher, z(n), y, 18, cfg.sigma_min, cfg.sigma_max)
             metrics = image_metrics(cfg, data, samplers)
             line = ", ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{k}: {v}" for k, v in metrics.items())
         else:
             metrics, line = {}, "no FID was measured; --fid FILE does it"
+        more = extra()
+        metrics, line = metrics | more, ", ".join([line, *(f"{k} {v:.5f}" for k, v in more.items())])
     run.finish(metrics)
     print(f"{run.dir}/samples.png   more samples: python {run.script}.py --sample {run.dir} --samples 64")
     print(f"{run.script} {cfg.data} seed {cfg.seed}, {cfg.steps} steps in {run.seconds:.0f} s (+ {time.time() - start:.0f} s to measure), "
@@ -1536,10 +1586,11 @@ def gallery(cfg, data, teacher, n=None):
         torch.manual_seed(0)
         x, label = data.sample(n)
         z = torch.randn(n, *data.shape, device=device)
-        steps = 40 if cfg.data == "imagenet64" else 18
-        fine = heun_sample(teacher, z, label, steps, cfg.sigma_min if cfg.data in TOYS else 0.002, cfg.sigma_max)
+        steps, fine = 40 if cfg.data == "imagenet64" else 18, None
+        if teacher is not None:
+            fine = heun_sample(teacher, z, label, steps, cfg.sigma_min if cfg.data in TOYS else 0.002, cfg.sigma_max)
     Images.ahead = None                                     # drawn in the fork, too
-    return {f"data: {cfg.data}": x, f"teacher, {2 * steps - 1} network calls": fine}, z, label
+    return {f"data: {cfg.data}": x, **({} if fine is None else {f"teacher, {2 * steps - 1} network calls": fine})}, z, label
 
 
 # ---- 9. processes and run folder -------------------------------------------------------------------------------------
@@ -1851,6 +1902,7 @@ def draw(cfg, sample):
     if student.sigma_init is None:
         raise UserError(f"{cfg.sample} holds a teacher, not a one-step student; python common.py sample --teacher draws from it")
     torch.manual_seed(cfg.seed)
+    student.steps = getattr(cfg, "nfe", student.steps)
     x = sample(student, cfg.samples, steps=student.steps)
     folder = Path(cfg.sample) if Path(cfg.sample).is_dir() else Path(cfg.sample).parent
     write_atomically(folder / "draw.npy", lambda f: np.save(f, x.cpu().numpy()))

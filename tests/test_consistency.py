@@ -1,0 +1,376 @@
+"""consistency.py and the conversions against closed forms: Gaussian flow maps, tangents, boundary, dropout, the loop."""
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import common
+import consistency
+from common import GaussianMixture, UserError
+from conftest import check_micro, check_resume, flat, main_in_process
+from consistency import LOSSES, Config, Draw, train
+
+F64 = torch.float64
+
+# ---- conversions: EDM, VP, rectified flow, TrigFlow ----
+
+
+def world():
+    """A mixture, clean samples x, noise eps and levels sigma from 0.005 to 50, float64."""
+    m = GaussianMixture(torch.randn(5, 2, dtype=F64), 0.3)
+    return m, m.sample(64)[0], torch.randn(64, 2, dtype=F64), torch.logspace(math.log10(0.005), math.log10(50), 64, dtype=F64)
+
+
+def test_every_coordinate_is_the_denoiser():
+    """There and back again, to 1e-10: each D -> coordinate -> D is D itself, at every noise level."""
+    m, x, eps, sigma = world()
+    x_t = x + sigma[:, None] * eps
+    want = m(x_t, sigma)
+    vp = lambda y, a, label: common.eps_from_denoiser(m, y, a, label)
+    rf = lambda y, t, label: common.velocity_from_denoiser(m, y, t, label)
+    trig = lambda y, t, label: common.trigflow_from_denoiser(m, y, t, label, 0.7)
+    for got in (common.denoiser_from_eps(vp, x_t, sigma), common.denoiser_from_velocity(rf, x_t, sigma),
+                common.denoiser_from_trigflow(trig, x_t, sigma, sigma_data=0.7)):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
+
+
+def test_coordinates_hold_what_their_names_say():
+    """With the exact posterior mean of eps: VP's eps is it, v is eps - D, sd F is cos t sd eps - sin t D; to 1e-10."""
+    m, x, eps, sigma = world()
+    x_t = x + sigma[:, None] * eps
+    d = m(x_t, sigma)
+    n = (x_t - d) / sigma[:, None]                                  # E[eps | x_t]
+    a = 1 / (1 + sigma**2)
+    torch.testing.assert_close(common.eps_from_denoiser(m, a.sqrt()[:, None] * x_t, a), n, rtol=0, atol=1e-10)
+    t = sigma / (1 + sigma)
+    torch.testing.assert_close(common.velocity_from_denoiser(m, (1 - t)[:, None] * x_t, t), n - d, rtol=0, atol=1e-10)
+    t = torch.arctan(sigma / 0.7)[:, None]
+    got = 0.7 * common.trigflow_from_denoiser(m, t.cos() * x_t, t[:, 0], sigma_data=0.7)
+    torch.testing.assert_close(got, t.cos() * 0.7 * n - t.sin() * d, rtol=0, atol=1e-10)
+
+
+def test_velocity_to_trigflow_as_in_sana_sprint():
+    """SANA-Sprint's conversion of a velocity of unit-variance data (2503.09641) is our way over the denoiser, to 1e-10."""
+    m, x, eps, sigma = world()
+    t = torch.arctan(sigma)
+    x_t = t.cos()[:, None] * (x + sigma[:, None] * eps)
+    u = t.sin() / (t.sin() + t.cos())
+    q = (u**2 + (1 - u) ** 2).sqrt()[:, None]
+    v, w = common.velocity_from_denoiser(m, q * x_t, u), u[:, None]
+    want = ((1 - 2 * w) * q * x_t + (1 - 2 * w + 2 * w**2) * v) / q
+    torch.testing.assert_close(common.trigflow_from_denoiser(m, x_t, t, sigma_data=1.0), want, rtol=0, atol=1e-10)
+
+
+def test_edm_network_is_minus_trigflow():
+    """F = -F_edm: the raw network of a Denoiser, read at x_t / sd, is TrigFlow's F with the sign turned (float32)."""
+    D = common.Denoiser(common.MLP(width=16), sigma_data=0.7)
+    x_t, t = torch.randn(64, 2), torch.rand(64) * 1.3 + 0.1
+    h, rest = D.net.encode(x_t / 0.7, (0.7 * t.tan()).log() / 4, None)
+    torch.testing.assert_close(common.trigflow_from_denoiser(D, x_t, t, sigma_data=0.7), -D.net.decode(h, rest), rtol=0, atol=2e-5)
+
+# ---- the losses at their exact solution: one Gaussian N(0.7, 0.8^2) in 1-D, float64 ----
+
+M, S, T = 0.7, 0.8, 5.0
+P = GaussianMixture(torch.full((1, 1), M, dtype=F64), S)
+
+
+def smooth(x, sigma, label=None):
+    """No denoiser of anything, but a smooth function with all derivatives (forward mode knows no torch.cdist)."""
+    return x / (1 + sigma[:, None] ** 2) + torch.sin(3 * x + sigma[:, None])
+
+
+class Exact:
+    """The exact student: f(x, t) = m + (x - m) S / sqrt(S^2 + t^2), and with a second time g of the exact jump to s."""
+    sigma_data = 0.8
+
+    def __init__(self, scale=None):
+        self.scale = scale                                      # (1,), to differentiate by, or to be wrong with
+
+    def __call__(self, x, t, label=None):
+        rho, t = 0.0 if label is None else label[:, :1], t[:, None]
+        root = ((S**2 + (rho * t) ** 2) / (S**2 + t**2)) ** 0.5
+        g = (1 + rho) / (S**2 + t**2) * (M * t**2 / (1 + root) + x * S**2 / (root + rho))
+        return g if self.scale is None else M + (1 + (self.scale - 1) * t / (1 + t)) * (g - M)
+
+
+def setting(loss, **kw):
+    return Config(**{**dict(loss=loss, sigma_min=0.02, sigma_max=T, c=0.0, dsm=0.0, p_mean=0.0), **kw})
+
+
+def pairs(n=40):
+    """A Draw that integrates over x and eps exactly (Gauss-Hermite) for each level; weights (B,) sum to 1."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(8)
+    nodes, weights = torch.tensor(nodes), torch.tensor(weights / weights.sum())
+    levels = (torch.arange(n, dtype=F64) + 0.5) / n
+    u, x, eps = (a.flatten() for a in torch.meshgrid(levels, nodes, nodes, indexing="ij"))
+    weight = (torch.ones(n, 1, 1) / n * weights[:, None] * weights).flatten()
+    w = (torch.arange(len(u), dtype=F64) * 0.618 % 1)
+    return Draw(eps[:, None], M + S * x[:, None], None, u, w, torch.zeros(len(u), 1, 1, dtype=F64)), weight
+
+
+def value(loss, progress=0.5, **kw):
+    """Mean loss at the exact solution, with the exact teacher where the loss has one."""
+    b, weight = pairs()
+    guide = None if loss in ("ct", "ect", "sct") else P
+    return float((weight * LOSSES[loss](Exact(), Exact(), guide, b, setting(loss, **kw), progress)[0]).sum())
+
+
+def gradient(loss, progress=0.5, **kw):
+    """Derivative of the mean loss by the scale of the student, at the exact solution."""
+    b, weight = pairs()
+    scale = torch.ones(1, dtype=F64, requires_grad=True)
+    per_sample, _ = LOSSES[loss](Exact(scale), Exact(), None, b, setting(loss, **kw), progress)
+    return abs(float(torch.autograd.grad((weight * per_sample).sum(), scale)[0]))
+
+
+def test_exact_student_is_the_flow():
+    """The closed form above is the ODE's: against 4000 Heun steps, and its jump from t to s along the same path."""
+    x = torch.randn(20, 1, dtype=F64) * 5
+    t = torch.full((20,), 5.0, dtype=F64)
+    fine = common.heun_sample(P, x / 5, steps=4000, sigma_min=1e-3, sigma_max=5.0)
+    torch.testing.assert_close(consistency.f(Exact(), x, t), fine, rtol=0, atol=2e-6)
+    s = torch.rand(20, dtype=F64) * 5
+    at_s = consistency.jump(Exact(), x, t, s)
+    torch.testing.assert_close(consistency.f(Exact(), at_s, s), consistency.f(Exact(), x, t), rtol=0, atol=1e-12)
+    torch.testing.assert_close(consistency.jump(Exact(), x, t, t), x, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("loss, solver, order", [("cd", "euler", 4), ("cd", "heun", 6), ("ctm", "euler", 4), ("ctm", "heun", 6)])
+def test_distillation_is_zero_to_the_order_of_its_solver(loss, solver, order):
+    """At the exact solution the squared loss is the solver's squared local error: Euler h^4, Heun h^6 (per step)."""
+    coarse, fine = (value(loss, N=n, solver=solver) for n in (160, 320))
+    assert fine > 0 and abs(math.log2(coarse / fine) - order) < 0.5, (coarse, fine)
+    assert fine < (1e-6 if solver == "euler" else 1e-10)
+
+
+def test_boot_is_zero_to_second_order():
+    """Its squared error h^4 is divided by k^2 ~ h^2; the boundary term is exactly zero."""
+    coarse, fine = value("boot", N=160), value("boot", N=320)
+    assert abs(math.log2(coarse / fine) - 2) < 0.4 and fine < 1e-3, (coarse, fine)
+
+
+@pytest.mark.parametrize("loss", ["scd", "meanflow"])
+def test_continuous_distillation_is_zero(loss):
+    """The tangent (sCM) and u - v + (t - r) du/dt (MeanFlow) vanish at the exact solution up to rounding."""
+    assert value(loss, progress=0.99) < 1e-20
+
+
+def test_wrong_students_are_not_zero():
+    """The same losses at a student that is up to 10 % off are far from zero: the tests above can fail."""
+    b, _ = pairs()
+    wrong = Exact(torch.tensor([1.1], dtype=F64))
+    for loss in ("cd", "ctm", "boot", "meanflow"):
+        assert LOSSES[loss](wrong, wrong, P, b, setting(loss, N=320), 0.5)[0].mean() > 1e-8, loss
+    assert LOSSES["scd"](wrong, wrong, P, b, setting("scd"), 0.99)[0].mean() > 1e-4
+
+
+@pytest.mark.parametrize("loss, settings", [("ct", [dict(progress=0.3, N=40, s0=10), dict(progress=0.5, N=40, s0=10)]),
+                                            ("ect", [dict(q=64.0, stages=1), dict(q=128.0, stages=1)])])
+def test_training_without_teacher_is_stationary_at_the_solution(loss, settings):
+    """
+    x + sigma' eps lies on no path of the ODE, so single losses are not zero, but their mean gradient at the exact
+    solution is of the step's first order after the weight 1 / (sigma - sigma'): halving the step halves it.
+    """
+    coarse, fine = (gradient(loss, **kw) for kw in settings)
+    assert fine < 0.6 * coarse and fine > 0.3 * coarse, (coarse, fine)
+
+
+def test_sct_and_scd_have_one_mean_tangent():
+    """The slope of x and eps has the teacher's as its mean given x_t: E[(tangent_sct - tangent_scd) h(x_t)] = 0 for linear h."""
+    b, weight = pairs()
+    t = torch.full_like(b.u, 0.9)
+    x_t = t.cos()[:, None] * b.x + t.sin()[:, None] * 0.8 * b.eps
+    slope_sct = t.cos()[:, None] * 0.8 * b.eps - t.sin()[:, None] * b.x
+    slope_scd = 0.8 * common.trigflow_from_denoiser(P, x_t, t, sigma_data=0.8)
+    difference = consistency.tangent(Exact(), x_t, t, slope_sct, None, 0.8) - consistency.tangent(Exact(), x_t, t, slope_scd, None, 0.8)
+    assert difference.abs().mean() > 0.1
+    for h in (torch.ones_like(x_t), x_t):
+        assert abs((weight[:, None] * difference * h).sum()) < 1e-12
+
+
+def test_tangent_is_a_finite_difference():
+    """cos t times df/dt along dx/dt = slope, f of an arbitrary smooth denoiser, against central differences in float64."""
+    D, sd = smooth, 0.7
+    x_t, slope, t = torch.randn(64, 2, dtype=F64), torch.randn(64, 2, dtype=F64), torch.rand(64, dtype=F64) * 1.3 + 0.1
+    f_trig = lambda h: D((x_t + h * slope) / (t + h).cos()[:, None], sd * (t + h).tan())
+    want = t.cos()[:, None] * (f_trig(1e-6) - f_trig(-1e-6)) / 2e-6
+    torch.testing.assert_close(consistency.tangent(D, x_t, t, slope, None, sd), want, rtol=1e-6, atol=1e-7)
+    half = consistency.tangent(D, x_t, t, slope, None, sd, 0.0)                     # r = 0: cos^2 t (slope - sd F), the teacher's loss
+    F_trig = common.trigflow_from_denoiser(D, x_t, t, sigma_data=sd)
+    torch.testing.assert_close(half, t.cos()[:, None] ** 2 * (slope - sd * F_trig), rtol=0, atol=1e-12)
+
+
+def test_scm_gradient_is_along_the_normalised_tangent():
+    """In F the loss has the gradient - 2 g / dim with |g| = |tangent| / (|tangent| + 0.1)."""
+    b = Draw(torch.randn(9, 3, dtype=F64), torch.randn(9, 3, dtype=F64), None, torch.rand(9, dtype=F64), None, None)
+    sd, shift, cfg = 0.7, torch.zeros(9, 3, dtype=F64, requires_grad=True), setting("sct")
+
+    def G(x, sigma, label=None):                                # smooth - sd sin t shift, that is F + shift
+        return smooth(x, sigma) - (sd * torch.arctan(sigma / sd).sin())[:, None] * shift
+    G.sigma_data = sd
+    loss, sigma = LOSSES["sct"](G, smooth, None, b, cfg, 0.9)
+    t = torch.arctan(sigma / sd)
+    c, s = t.cos()[:, None], t.sin()[:, None]
+    g = consistency.tangent(smooth, c * b.x + s * sd * b.eps, t, c * sd * b.eps - s * b.x, None, sd)
+    g = g / (g.norm(dim=1, keepdim=True) + 0.1)
+    torch.testing.assert_close(torch.autograd.grad(loss.sum(), shift)[0], -2 * g / 3)
+
+
+def test_scott_without_noise_is_cd():
+    """--eta 0 is cd with Euler's step, to rounding; with noise it is another loss."""
+    b, _ = pairs()
+    b = b._replace(more=torch.randn_like(b.eps)[:, None])       # one sub-step
+    a, same, other = (LOSSES[k](Exact(), Exact(), P, b, setting(k, N=18, solver="euler", eta=eta), 0.5)[0]
+                      for k, eta in (("cd", 0.0), ("scott", 0.0), ("scott", 0.5)))
+    torch.testing.assert_close(a, same, rtol=1e-9, atol=1e-12)
+    assert (other - same).abs().max() > 1e-3
+
+
+def test_noisy_step_keeps_the_noise_level():
+    """Of one data point (D = x) the SDE's step leaves noise of exactly the lower level, whatever eta."""
+    D = lambda x, sigma, label: torch.full_like(x, 2.0)
+    eps, more = torch.randn(2, 200_000, 1, dtype=F64)
+    sigma, lower = torch.full((200_000,), 2.0, dtype=F64), torch.full((200_000,), 1.5, dtype=F64)
+    for eta in (0.0, 0.4, 1.0):
+        out = consistency.noisy_step(D, 2 + 2 * eps, sigma, lower, None, eta, more)
+        assert abs(out.mean() - 2) < 0.02 and abs(out.std() - 1.5) < 0.01
+
+
+def test_distance_and_levels():
+    """Pseudo-Huber against its definition; the levels of a lognormal; Karras pairs are neighbours down to 0."""
+    a, b = torch.randn(5, 3, dtype=F64), torch.randn(5, 3, dtype=F64)
+    torch.testing.assert_close(consistency.distance(a, b, 0.3), ((a - b).norm(dim=1) ** 2 + 0.09).sqrt() - 0.3)
+    torch.testing.assert_close(consistency.distance(a, b, 0), (a - b).square().mean(1))
+    cfg = setting("ct", p_mean=-0.3, p_std=0.7)
+    sigma = consistency.lognormal((torch.arange(10_000) + 0.5) / 10_000, cfg).log()
+    assert abs(sigma.mean() + 0.3) < 0.01 and abs(sigma.std() - 0.7) < 0.01
+    high, low = consistency.grid_pair(torch.tensor([0.0, 0.999]), setting("cd", N=4))
+    assert abs(high[0] - T) < 1e-6 and abs(high[1] - 0.02) < 1e-6 and low[1] == 0 and 0.02 < low[0] < T
+
+
+# ---- networks ----
+
+
+@pytest.mark.parametrize("net", [lambda n: common.MLP(2, n, width=16),
+                                 lambda n: common.UNet(8, 1, n, width=8, mult=(1,), blocks=1, attention=(), adm=False),
+                                 lambda n: common.UNet(8, 1, n, width=8, mult=(1,), blocks=1, attention=(), adm=True)])
+@pytest.mark.parametrize("classes", [0, 3])
+def test_second_time_starts_unheeded(net, classes):
+    """A widened network gives what it gave, whatever s; one step of training on, it heeds s."""
+    D = common.Denoiser(net(classes))
+    for p in D.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    wide = consistency.widen(D, 6)
+    x, t, s = torch.randn(5, *D.shape), torch.rand(5) + 1, torch.rand(5)
+    label = torch.eye(3)[[0, 1, 2, 0, 1]] if classes else None
+    look = lambda s: wide(x, t, consistency.second_time(t, s, label))
+    torch.testing.assert_close(look(s), D(x, t, label), rtol=1e-5, atol=1e-5)
+    look(s).square().sum().backward()
+    with torch.no_grad():
+        for p in wide.parameters():
+            p -= 0.1 * p.grad / (p.grad.norm() + 1e-6)
+    assert (look(s) - look(0.5 * s)).abs().max() > 1e-6
+
+
+def test_boundary_condition_of_networks():
+    """f(x, 0) = x exactly, f tends to it, and a jump from t to t stays where it is."""
+    D, x = common.Denoiser(common.MLP(2, 6, width=16)), torch.randn(7, 2)
+    for sigma, tol in ((0.0, 0.0), (1e-4, 1e-3)):
+        assert (consistency.f(D, x, torch.full((7,), sigma)) - x).abs().max() <= tol
+    t = torch.rand(7) + 0.1
+    torch.testing.assert_close(consistency.jump(D, x, t, t), x, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))])
+def test_dropout_masks_are_shared(device):
+    """Two evaluations see one mask: ect with sigma' ~ sigma has a loss of ~ 0 only then."""
+    net = common.Denoiser(common.UNet(8, 1, width=8, mult=(1,), blocks=1, attention=(8,), dropout=0.5)).to(device).train()
+    for p in net.parameters():
+        p.data += 0.3 * torch.randn_like(p)
+    x = torch.randn(4, 1, 8, 8, device=device)
+    b = Draw(torch.randn_like(x), x, None, torch.rand(4, device=device), None, None)
+    cfg = setting("ect", q=1e5, stages=1)
+    shared = LOSSES["ect"](net, net, None, b, cfg, 0.0)[0]
+    sigma = consistency.lognormal(b.u, cfg)
+    two = [net(x, sigma) for _ in range(2)]
+    assert (two[0] - two[1]).abs().max() > 0.01                 # without care the masks differ
+    assert shared.max() * 1e-5 < 1e-6, shared
+
+
+# ---- the loop ----
+
+
+def quick(**kw):
+    """A run of a second: tiny networks, few steps."""
+    return Config(**{**dict(device="cpu", steps=4, batch=32, width=16, teacher_steps=20, samples=200, every=2, out="run"), **kw})
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_runs_saves_and_draws(loss):
+    """Few steps of each loss: a student that moved, metrics with two steps, and --sample draws the same student in n steps."""
+    student, run = train(quick(loss=loss))
+    metrics = json.loads((run.dir / "metrics.json").read_text())
+    assert 0 < metrics["H"] < 1 and math.isfinite(metrics["H_2_steps"]) and ("paired" in metrics) == (loss != "ct")
+    again = common.load_denoiser("run", quick())
+    z = torch.randn(50, 2)
+    for steps in (1, 3):
+        torch.manual_seed(1)
+        want = consistency.sample(student, 50, steps=steps, z=z)
+        torch.manual_seed(1)
+        assert torch.equal(consistency.sample(again, 50, steps=steps, z=z), want)
+    assert main_in_process(consistency, "--sample", "run", "--samples", 30, "--nfe", 2, "--device", "cpu")[0] == 0
+    assert common.Path("run/draw.npy").exists()
+
+
+def test_the_target_network_is_the_student_without_a_graph(monkeypatch):
+    """--target_ema 0: at every step `minus` holds the student's weights and no history; gradients reach the student alone."""
+    def spy(G, minus, teacher, b, cfg, progress, loss=LOSSES["ctm"]):
+        assert torch.equal(flat(G), flat(minus)) and not any(p.requires_grad for p in minus.parameters())
+        seen.append(1)
+        return loss(G, minus, teacher, b, cfg, progress)
+    seen = []
+    monkeypatch.setitem(LOSSES, "ctm", spy)
+    train(quick(loss="ctm"))
+    assert len(seen) == 4
+
+
+def test_boot_reads_no_data():
+    """BOOT's draws hold noise alone, and its loss is finite on them."""
+    b = consistency.draw(8, common.load_data(quick()), "cpu", "boot")
+    D = common.Denoiser(common.MLP(2, 6, width=16))
+    assert b.x is None and LOSSES["boot"](D, D, common.Denoiser(common.MLP()), b, setting("boot", N=8), 0.0)[0].isfinite().all()
+
+
+def test_micro_batches_change_nothing():
+    check_micro(train, quick, (16,), loss="scott")
+
+
+@pytest.mark.parametrize("kw", [dict(loss="sprint"), dict(loss="ctm", cond=True)])
+def test_resume_is_bit_exact(monkeypatch, kw):
+    check_resume(monkeypatch, train, quick, **kw)
+
+
+@pytest.mark.parametrize("wrong, says", [
+    (dict(loss="ct", teacher="exact"), "without a teacher"), (dict(loss="nope"), "unknown loss"), (dict(sigma_init=2.0), "sigma_max"),
+    (dict(N=1), "--N"), (dict(loss="ct", s0=500), "--s0"), (dict(eta=1.5), "--eta"), (dict(dropout=0.1), "--dropout"),
+    (dict(nfe=0), "--nfe"), (dict(mid=0.0), "--mid"), (dict(q=1.0), "--q"), (dict(adv=-1.0), "--adv"), (dict(target_ema=1.0), "--target_ema")])
+def test_bad_input(wrong, says):
+    """Impossible settings end in one sentence, before anything is written."""
+    with pytest.raises(UserError, match=says):
+        train(quick(**wrong))
+    assert not common.Path("run").exists()
+
+
+def test_tangent_through_a_unet_with_attention():
+    """Forward derivatives exist for the image network: against finite differences, to float32's accuracy."""
+    D = common.Denoiser(common.UNet(8, 1, width=8, mult=(1,), blocks=1, attention=(8,)), 0.5)
+    for p in D.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    x_t, slope, t = torch.randn(4, 1, 8, 8), torch.randn(4, 1, 8, 8), torch.rand(4) + 0.3
+    with torch.no_grad():
+        got = consistency.tangent(D, x_t, t, slope, None, 0.5)
+        f_trig = lambda h: D((x_t + h * slope) / common.bcast((t + h).cos(), x_t), 0.5 * (t + h).tan())
+        want = common.bcast(t.cos(), x_t) * (f_trig(1e-2) - f_trig(-1e-2)) / 2e-2
+    assert (got - want).abs().max() < 0.02 * want.abs().max()
