@@ -672,6 +672,7 @@ def load_denoiser(path, cfg):
         net.load_state_dict(saved["model"])
         denoiser = Denoiser(net, saved["sigma_data"], cfg.dtype)
         denoiser.sigma_init, denoiser.steps = saved["sigma_init"], saved["config"].get("steps_student", 1)
+        denoiser.times = saved["config"].get("times", "")
     except UserError:
         raise
     except Exception as e:          # whatever torch.load meets in a foreign or damaged file
@@ -919,7 +920,7 @@ def image_metrics(cfg, data, samplers):
     return out
 
 
-def report(run, data, teacher, draw):
+def report(run, data, teacher, draw, **more):
     """Measure the finished student draw(n, label) -> x, write metrics.json, print figures and where things are; returns them."""
     cfg, start = run.cfg, time.time()
     with torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):
@@ -930,12 +931,13 @@ def report(run, data, teacher, draw):
                    "mode weights {mode_min:.2f} to {mode_max:.2f} of the true ones".format(**metrics)
         elif cfg.fid:
             z = lambda n: torch.randn(n, *data.shape, device=run.device)
-            metrics = image_metrics(cfg, data, {
+            metrics = image_metrics(cfg, data, {"": draw} if teacher is None else {
                 "": draw, "_teacher_18_steps": lambda n, y: heun_sample(teacher, z(n), y, 18, cfg.sigma_min, cfg.sigma_max),
                 "_teacher_1_step": lambda n, y: teacher(cfg.sigma_max * z(n), torch.full((n,), cfg.sigma_max, device=run.device), y)})
             line = ", ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{k}: {v}" for k, v in metrics.items())
         else:
             metrics, line = {}, "no FID was measured; --fid FILE does it"
+    metrics.update(more)
     run.finish(metrics)
     print(f"{run.dir}/samples.png   more samples: python {run.script}.py --sample {run.dir} --samples 64")
     print(f"{run.script} {cfg.data} seed {cfg.seed}, {cfg.steps} steps in {run.seconds:.0f} s (+ {time.time() - start:.0f} s to measure): {line}")
@@ -968,16 +970,18 @@ def save_picture(path, panels, reach=None):
 
 
 def gallery(cfg, data, teacher, n=None):
-    """(panels, z, label): pictures of data and teacher samples, and the fixed latents for the student's panel beside them."""
+    """(panels, z, label): pictures of data and teacher samples (if any), and the fixed latents for the student's panel beside them."""
     n = n or (5000 if cfg.data in TOYS else 64)
     device = pick_device(cfg)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         x, label = data.sample(n)
         z = torch.randn(n, *data.shape, device=device)
-        steps = 18
-        fine = heun_sample(teacher, z, label, steps, cfg.sigma_min if cfg.data in TOYS else 0.002, cfg.sigma_max)
-    return {f"data: {cfg.data}": x, f"teacher, {2 * steps - 1} network calls": fine}, z, label
+        panels, steps = {f"data: {cfg.data}": x}, 18
+        if teacher is not None:
+            panels[f"teacher, {2 * steps - 1} network calls"] = heun_sample(
+                teacher, z, label, steps, cfg.sigma_min if cfg.data in TOYS else 0.002, cfg.sigma_max)
+    return panels, z, label
 
 
 # ---- 9. run folder ---------------------------------------------------------------------------------------------------
