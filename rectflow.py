@@ -50,7 +50,7 @@ from common import (EMA, TOYS, Denoiser, Run, Shared, UserError, bcast, build, d
 
 @dataclass
 class Config(Shared):
-    steps: int = 2000
+    steps: int = 1200
     batch: int = 512
     lr: float = 2e-3
     ema: float = 0.995
@@ -422,8 +422,8 @@ def find_steps(cfg):
     # 1. the teacher's fine solutions: one set to search on, one to judge by
     start, test = noise(min(cfg.pairs, 5000)), noise(min(cfg.pairs, 5000))              # as many as BOSS takes
     path, end = solve(start, range(FINE + 1)), solve(test, range(FINE + 1))[-1]
-    few = tuple(a if a is None else a[:1000] for a in start)                            # enough for the searches
-    costs, goal = boss_costs(path[:, :1000]), path[-1, -1000:].flatten(1)
+    few = tuple(a if a is None else a[:500] for a in start)                             # enough for the search
+    costs, goal = boss_costs(path[:, :1000]), path[-1, -500:].flatten(1)
 
     # 2. knots by dynamic programming and by evolution, beside uniform ones
     knots, judged = {}, {}
