@@ -353,6 +353,49 @@ def denoising_loss(d, target, sigma, sigma_data):
     return (1 / sigma**2 + 1 / sigma_data**2) * (d - target).square().flatten(1).mean(1)
 
 
+# One state in four coordinates: a point x_t = a x + b eps of any path is a denoiser's x_t / a at sigma = b / a, exactly.
+#     VP              a^2 = A, b^2 = 1 - A (A = alpha-bar)     eps = (x_t / a - D) / sigma
+#     rectified flow  a = 1 - t, b = t (noise at t = 1)        v = dx_t/dt = (x_t - D) / t
+#     TrigFlow        a = cos t, b = sd sin t                  sd F = dx_t/dt = (cos t x_t - D) / sin t      (2410.11081)
+# Levels A, t, sigma are (B,), x_t (B, ...); F of EDM's own network is minus the network. If noise is at t = 0, v changes sign.
+
+
+def eps_from_denoiser(D, x_t, alpha_bar, label=None):
+    """The VP noise estimate that is the same thing as the denoiser D."""
+    x, sigma = x_t / bcast(alpha_bar, x_t).sqrt(), (1 / alpha_bar - 1).sqrt()
+    return (x - D(x, sigma, label)) / bcast(sigma, x_t)
+
+
+def denoiser_from_eps(eps, x_t, sigma, label=None):
+    """The denoised estimate of x_t = x + sigma eps by a VP noise estimator eps(x_t, alpha_bar, label)."""
+    alpha_bar = 1 / (1 + sigma**2)
+    return x_t - bcast(sigma, x_t) * eps(bcast(alpha_bar, x_t).sqrt() * x_t, alpha_bar, label)
+
+
+def velocity_from_denoiser(D, x_t, t, label=None):
+    """The rectified-flow velocity at x_t = (1 - t) x + t eps, 0 < t < 1, that is the same thing as the denoiser D."""
+    return (x_t - D(x_t / bcast(1 - t, x_t), t / (1 - t), label)) / bcast(t, x_t)
+
+
+def denoiser_from_velocity(v, x_t, sigma, label=None):
+    """The denoised estimate of x_t = x + sigma eps by a velocity v(x_t, t, label)."""
+    t, x = sigma / (1 + sigma), x_t / bcast(1 + sigma, x_t)
+    return x - bcast(t, x) * v(x, t, label)
+
+
+def trigflow_from_denoiser(D, x_t, t, label=None, sigma_data=0.5):
+    """TrigFlow's F at x_t = cos t x + sin t sigma_data eps, 0 < t < pi/2, that is the same thing as the denoiser D."""
+    cos, sin = bcast(t.cos(), x_t), bcast(t.sin(), x_t)
+    return (cos * x_t - D(x_t / cos, sigma_data * t.tan(), label)) / (sigma_data * sin)
+
+
+def denoiser_from_trigflow(F_trig, x_t, sigma, label=None, sigma_data=0.5):
+    """The denoised estimate of x_t = x + sigma eps by a TrigFlow network F_trig(x_t, t, label)."""
+    t = torch.arctan(sigma / sigma_data)
+    cos, sin = bcast(t.cos(), x_t), bcast(t.sin(), x_t)
+    return cos**2 * x_t - sigma_data * sin * F_trig(cos * x_t, t, label)
+
+
 # ---- 4. networks -----------------------------------------------------------------------------------------------------
 # A network maps (x, c_noise (B,), label) to x's shape in two halves: encode() -> (features, rest), decode(features, rest).
 # The last feature is what a discriminator's head reads, so one pass serves a denoiser and a discriminator at once.
@@ -672,7 +715,7 @@ def load_denoiser(path, cfg):
         net.load_state_dict(saved["model"])
         denoiser = Denoiser(net, saved["sigma_data"], cfg.dtype)
         denoiser.sigma_init, denoiser.steps = saved["sigma_init"], saved["config"].get("steps_student", 1)
-        denoiser.times = saved["config"].get("times", "")
+        denoiser.config = saved["config"]
     except UserError:
         raise
     except Exception as e:          # whatever torch.load meets in a foreign or damaged file
@@ -920,8 +963,11 @@ def image_metrics(cfg, data, samplers):
     return out
 
 
-def report(run, data, teacher, draw, **more):
-    """Measure the finished student draw(n, label) -> x, write metrics.json, print figures and where things are; returns them."""
+def report(run, data, teacher, draw, extra=dict, **more):
+    """
+    Measure the finished student draw(n, label) -> x and what extra() -> {name: value} adds, write metrics.json, with `more`
+    in it, print figures and where things are; returns them.
+    """
     cfg, start = run.cfg, time.time()
     with torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):
         torch.manual_seed(cfg.seed)
@@ -937,7 +983,8 @@ def report(run, data, teacher, draw, **more):
             line = ", ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{k}: {v}" for k, v in metrics.items())
         else:
             metrics, line = {}, "no FID was measured; --fid FILE does it"
-    metrics.update(more)
+        added = extra()
+        metrics, line = metrics | added | more, ", ".join([line, *(f"{k} {v:.5f}" for k, v in added.items())])
     run.finish(metrics)
     print(f"{run.dir}/samples.png   more samples: python {run.script}.py --sample {run.dir} --samples 64")
     print(f"{run.script} {cfg.data} seed {cfg.seed}, {cfg.steps} steps in {run.seconds:.0f} s (+ {time.time() - start:.0f} s to measure): {line}")
@@ -1180,6 +1227,7 @@ def draw(cfg, sample):
     if student.sigma_init is None:
         raise UserError(f"{cfg.sample} holds a teacher, not a one-step student; draw from the folder of a distillation run")
     torch.manual_seed(cfg.seed)
+    student.steps = getattr(cfg, "nfe", student.steps)
     x = sample(student, cfg.samples, steps=student.steps)
     folder = Path(cfg.sample) if Path(cfg.sample).is_dir() else Path(cfg.sample).parent
     write_atomically(folder / "draw.npy", lambda f: np.save(f, x.cpu().numpy()))

@@ -554,7 +554,7 @@ def train_restore(cfg):
 
 def call_times(G, calls):
     """Times (calls + 1,) of Euler's method from 0 to 1: those G was made for, or uniform."""
-    own = [float(t) for t in (getattr(G, "times", "") or "").split(",") if t]
+    own = [float(t) for t in (getattr(G, "times", "") or getattr(G, "config", {}).get("times", "")).split(",") if t]
     return own + [1.0] if len(own) == calls else [i / calls for i in range(calls)] + [1.0]
 
 

@@ -1,0 +1,392 @@
+"""
+The consistency family: ten losses for one student that jumps along the probability-flow ODE of a diffusion model.
+
+Noise levels are sigma, x_t = x + sigma eps, and D(x_t, sigma) a denoiser; the ODE is dx/dsigma = (x_t - D) / sigma. A
+consistency function f(x_t, sigma) is where that path ends at sigma = 0: f(x, 0) = x, and it is one value along a path.
+Any denoiser has the right form (EDM's c_skip is 1 and c_out 0 at sigma 0), so the student *is* one and starts as the
+teacher. Every loss compares f at two points of a path, the lower one held fixed:
+
+    --loss    the lower point                              paper
+    cd        one solver step of the teacher below         consistency distillation, 2303.01469
+    ct        x + sigma' eps, same eps, no teacher         improved consistency training (iCT), 2310.14189
+    ect       the same; the ratio sigma' / sigma grows     easy consistency tuning, 2406.14548
+    scd       infinitely near, by a JVP, teacher's slope   sCM in TrigFlow, 2410.11081
+    sct       infinitely near, by a JVP, slope of x, eps   sCM in TrigFlow, 2410.11081
+    sprint    as scd, and a GAN on the teacher's features  SANA-Sprint, 2503.09641
+    scott     as cd by noisy solver steps, --eta           stochastic consistency distillation, 2403.01505
+    ctm       some solver steps; jumps t to any s          consistency trajectory, 2310.02279
+    meanflow  infinitely near; jumps t to any s            mean flows, 2505.13447, here with the teacher's velocity
+    boot      where the student itself says the path is    BOOT, 2306.05544; from noise alone, no data
+
+ctm, meanflow and boot see a second time s, as further inputs beside the label: Phi(x_t, t, s) = s/t x_t + (1 - s/t) g.
+"""
+import copy
+import math
+from collections import namedtuple
+from dataclasses import asdict, dataclass, replace
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from common import (EMA, TOYS, Block, Denoiser, Run, Shared, UserError, bcast, energy_coefficient, gallery, initial_student, karras,
+                    karras_sigmas, load_data, load_teacher, lognormal_sigma, lr_factor, main, micro_batches, place, report, set_lr,
+                    trigflow_from_denoiser, velocity_from_denoiser)
+
+# What a loss calls for where the flag is left at -1. mid is the second level of sampling, in units of the data's std.
+AUTO = {
+    "cd": dict(N=18, c=0.0, mid=2.76),          # index 22 of 40: sigma 1.382 at std 0.5
+    "ct": dict(N=160, c=8e-4, mid=1.64),        # 0.00054 sqrt(dimensions); sigma 0.821
+    "ect": dict(c=8e-4, mid=1.64),
+    "scd": dict(mid=1.96), "sct": dict(mid=1.96),                       # t = 1.1
+    "sprint": dict(mid=1.56),                                           # t = 1.0
+    "scott": dict(N=18, c=0.0, mid=2.76),
+    "ctm": dict(N=18, c=0.0, mid=2.76),
+    "meanflow": dict(mid=2.76),
+    "boot": dict(N=18, c=0.0, mid=2.76),
+}
+SECOND_TIME = ("ctm", "meanflow", "boot")
+TANGENT = ("scd", "sct", "sprint")              # sCM and what builds on it
+
+
+@dataclass
+class Config(Shared):
+    loss: str = "cd"            # cd | ct | ect | scd | sct | sprint | scott | ctm | meanflow | boot: member of the family
+    steps: int = 1400
+    batch: int = 512
+    lr: float = 2e-3
+    ema: float = 0.995
+    sigma_init: float = -1.0    # noise level the student starts from; it is --sigma_max, where -1 puts it
+    nfe: int = 1                # network calls per sample when drawing: any number works
+    mid: float = -1.0           # level of the second call in units of the data's std, halved for each further one; -1: as --loss
+    N: int = -1                 # solver steps of the teacher's path (cd, scott, ctm, boot), final number of steps (ct); -1: as --loss
+    solver: str = "heun"        # heun | euler: the teacher's step (cd, ctm)
+    c: float = -1.0             # width of the pseudo-Huber distance, 0: squared error; -1: as --loss
+    target_ema: float = 0.0     # decay per step of the target network; 0: the student as it is
+    p_mean: float = -0.4        # mean of ln sigma (ct, ect, scd, sct, sprint)
+    p_std: float = 1.2          # std of ln sigma
+    q: float = 4.0              # ect: 1 - sigma'/sigma shrinks by this factor from stage to stage
+    stages: int = 4             # ect: number of stages
+    s0: int = 10                # ct: number of steps in the first stage
+    warmup: float = 0.2         # sCM: share of the training in which the tangent's second term comes in
+    eta: float = 0.1            # scott: noise of the teacher's step, 0: cd
+    gamma: float = 0.0          # ctm, meanflow: fresh noise when sampling, 0: none, 1: all, as consistency models do
+    adv: float = 0.5            # sprint: weight of the adversarial term
+    dropout: float = 0.0        # dropout in the student (images)
+
+    def __post_init__(self):
+        for name, value in dict(AUTO.get(self.loss, {}), sigma_init=self.sigma_max).items():
+            if getattr(self, name) == -1:
+                setattr(self, name, value)
+
+
+PRESETS = {
+    **{name: {} for name in TOYS},
+    # Karras et al.'s noise levels; steps, batch and rate of 2303.01469 for CIFAR-10. Not yet run at this size.
+    "cifar10": dict(net="ddpmpp", teacher_steps=100_000, steps=800_000, batch=512, lr=4e-4, ema=0.9999, sigma_min=0.002,
+                    sigma_max=80.0, p_mean=-1.1, p_std=2.0, every=10_000, samples=50_000),
+}
+
+# ---- the method ------------------------------------------------------------------------------------------------------
+# A loss takes the student G, the same network held fixed `minus`, the teacher, a Draw, cfg and progress in [0, 1), and
+# returns the loss (B,) and the level sigma (B,) that it looked at. u and w are uniform, eps and more normal.
+
+Draw = namedtuple("Draw", "eps x label u w more")
+
+
+def f(G, x_t, sigma, label=None):
+    """The consistency function (B, ...): G itself, and x_t where sigma is 0."""
+    return torch.where(bcast(sigma, x_t) > 0, G(x_t, sigma.clamp(min=1e-6), label), x_t)
+
+
+def second_time(t, s, label=None):
+    """What a network with a second time sees beside t: the label, and six smooth functions of s and t, (B, K + 6)."""
+    a, b = math.pi * s / t, 2 * torch.arctan(2 * s)
+    more = torch.stack([s / t, a.sin(), a.cos(), b / math.pi, b.sin(), b.cos()], 1)
+    return more if label is None else torch.cat([label.to(more), more], 1)
+
+
+def jump(G, x_t, t, s, label=None):
+    """Phi (B, ...): the path through x_t at level t, at level s (CTM, Eq. 6). Exact for s = t; with s = 0 it is f."""
+    ratio = bcast(s / t, x_t)
+    return ratio * x_t + (1 - ratio) * G(x_t, t, second_time(t, s, label))
+
+
+def distance(a, b, c):
+    """Per-sample distance (B,): mean square for c = 0, else pseudo-Huber sqrt(|a - b|^2 + c^2) - c (iCT, Eq. 8)."""
+    square = (a - b).square().flatten(1).sum(1)
+    return (square + c**2).sqrt() - c if c else square / a[0].numel()
+
+
+def solver_step(D, x_t, sigma, lower, label, order="heun"):
+    """The ODE of D from level sigma to lower, by Euler, or by Heun where lower > 0 (EDM, Algorithm 1)."""
+    slope = (x_t - D(x_t, sigma, label)) / bcast(sigma, x_t)
+    x = x_t + bcast(lower - sigma, x_t) * slope
+    if order == "heun":
+        slope_2 = (x - D(x, lower.clamp(min=1e-6), label)) / bcast(lower.clamp(min=1e-6), x)
+        x = torch.where(bcast(lower, x) > 0, x_t + bcast(lower - sigma, x_t) * (slope + slope_2) / 2, x)
+    return x
+
+
+def noisy_step(D, x_t, sigma, lower, label, eta, eps):
+    """One step of the SDE from level sigma to lower; eta = 0 is Euler's step of the ODE (DDIM's eta)."""
+    up = eta * lower * (1 - (lower / sigma) ** 2).sqrt()
+    d = D(x_t, sigma, label)
+    return d + bcast((lower**2 - up**2).sqrt() / sigma, x_t) * (x_t - d) + bcast(up, x_t) * eps
+
+
+def same_dropout(x):
+    """Inside, random numbers are drawn that come again after it: two networks get one dropout mask, on CPU and CUDA."""
+    return torch.random.fork_rng([x.device] if x.device.type == "cuda" else [])
+
+
+def lognormal(u, cfg):
+    """Levels (B,) with ln sigma normal, of uniform u (B,); what lies outside goes to the ends."""
+    return (cfg.p_mean + cfg.p_std * torch.special.ndtri(u)).exp().clamp(cfg.sigma_min, cfg.sigma_max)
+
+
+def grid_pair(u, cfg):
+    """Neighbours sigma > lower (B,) on Karras's grid of N levels and 0, each pair as likely."""
+    grid = karras_sigmas(cfg.N, cfg.sigma_min, cfg.sigma_max, device=u.device).to(u)
+    i = (u * cfg.N).long()
+    return grid[i], grid[i + 1]
+
+
+def cd_loss(G, minus, teacher, b, cfg, progress):
+    """Consistency distillation (2303.01469, Eq. 7)."""
+    sigma, lower = grid_pair(b.u, cfg)
+    x_t = b.x + bcast(sigma, b.x) * b.eps
+    with torch.no_grad(), same_dropout(x_t):
+        x_lower = solver_step(teacher, x_t, sigma, lower, b.label, cfg.solver)
+        target = f(minus, x_lower, lower, b.label)
+    return distance(f(G, x_t, sigma, b.label), target, cfg.c), sigma
+
+
+def scott_loss(G, minus, teacher, b, cfg, progress):
+    """Stochastic consistency distillation (2403.01505): three noisy sub-steps of the teacher. eta = 0 is cd."""
+    sigma, lower = grid_pair(b.u, cfg)
+    x_t = b.x + bcast(sigma, b.x) * b.eps
+    with torch.no_grad(), same_dropout(x_t):
+        x_lower = x_t
+        for k, eps in enumerate(b.more.unbind(1)):
+            start, end = (sigma + (lower - sigma) * j / 3 for j in (k, k + 1))
+            x_lower = noisy_step(teacher, x_lower, start, end, b.label, cfg.eta, eps)
+        target = f(minus, x_lower, lower, b.label)
+    return distance(f(G, x_t, sigma, b.label), target, cfg.c), sigma
+
+
+def ct_loss(G, minus, teacher, b, cfg, progress):
+    """Improved consistency training (2310.14189, Eq. 5 to 11): no teacher, steps double, weight 1 / (sigma - sigma')."""
+    stages = int(math.log2(cfg.N // cfg.s0)) + 1
+    grid = karras_sigmas(min(cfg.s0 * 2 ** int(progress * stages), cfg.N), cfg.sigma_min, cfg.sigma_max, device=b.u.device)
+    share = torch.special.erf((grid.log() - cfg.p_mean) / (2**0.5 * cfg.p_std)).diff().neg()
+    i = torch.searchsorted((share / share.sum()).cumsum(0), b.u.double()).clamp(max=len(share) - 1)
+    sigma, lower = grid[i].to(b.x), grid[i + 1].to(b.x)
+    x_t = b.x + bcast(sigma, b.x) * b.eps
+    with torch.no_grad(), same_dropout(x_t):
+        target = f(minus, b.x + bcast(lower, b.x) * b.eps, lower, b.label)
+    return distance(f(G, x_t, sigma, b.label), target, cfg.c) / (sigma - lower), sigma
+
+
+def ect_loss(G, minus, teacher, b, cfg, progress):
+    """Easy consistency tuning (2406.14548, Sec. 3): no grid, sigma' / sigma goes from 0 (diffusion) towards 1."""
+    sigma = lognormal(b.u, cfg)
+    gap = cfg.q ** -(int(progress * cfg.stages) + 1.0) * (1 + 8 * torch.sigmoid(-sigma))
+    lower = sigma * (1 - gap).clamp(min=0)
+    x_t = b.x + bcast(sigma, b.x) * b.eps
+    with torch.no_grad(), same_dropout(x_t):
+        target = f(minus, b.x + bcast(lower, b.x) * b.eps, lower, b.label)
+    return distance(f(G, x_t, sigma, b.label), target, cfg.c) / (sigma - lower), sigma
+
+
+def tangent(D, x_t, t, slope, label, sigma_data, r=1.0):
+    """
+    cos t times df/dt (B, ...) of f = cos t x_t - sin t sd F along the path with dx/dt = slope, its second term times r
+    (2410.11081, Eq. 6 and App. E): -cos^2 t (sd F - dx/dt) - r (cos t sin t x_t + sd cos t sin t dF/dt).
+    """
+    cos, sin = bcast(t.cos(), x_t), bcast(t.sin(), x_t)
+    F_trig = lambda x, t: trigflow_from_denoiser(D, x, t, label, sigma_data)
+    with nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):            # fused attention knows no forward derivative
+        out, dF = torch.func.jvp(F_trig, (x_t, t), (cos * sin * slope, t.cos() * t.sin()))
+    return -cos**2 * (sigma_data * out - slope) - r * (cos * sin * x_t + sigma_data * dF)
+
+
+def scm_loss(G, minus, teacher, b, cfg, progress):
+    """sCM (2410.11081, Algorithm 1): scd with the teacher's slope dx/dt, sct (teacher None) with that of x and eps."""
+    sigma, sd = lognormal(b.u, cfg), G.sigma_data
+    t = torch.arctan(sigma / sd)
+    cos, sin = bcast(t.cos(), b.x), bcast(t.sin(), b.x)
+    x_t = cos * b.x + sin * sd * b.eps
+    with torch.no_grad(), same_dropout(x_t):
+        slope = cos * sd * b.eps - sin * b.x if teacher is None else sd * trigflow_from_denoiser(teacher, x_t, t, b.label, sd)
+        g = tangent(minus, x_t, t, slope, b.label, sd, min(1.0, (progress + 1e-9) / cfg.warmup if cfg.warmup else 1.0))
+        g = g / (bcast(g.flatten(1).norm(dim=1), g) + 0.1)
+    out = trigflow_from_denoiser(G, x_t, t, b.label, sd)
+    return (out - out.detach() - g).square().flatten(1).mean(1), sigma
+
+
+def ctm_loss(G, minus, teacher, b, cfg, progress):
+    """Consistency trajectory (2310.02279, Eq. 9 and 12): t, u = some solver steps below, any s under u; compared at 0."""
+    grid = karras_sigmas(cfg.N, cfg.sigma_min, cfg.sigma_max, device=b.u.device).to(b.x)
+    i = (b.u * cfg.N).long()
+    t, lower, s = grid[i], grid[i + 1], grid[i + 1 + (b.w * (cfg.N - i)).long()]             # s uniform from lower to 0
+    x_t = b.x + bcast(t, b.x) * b.eps
+    clean = lambda x, s: torch.where(bcast(s, x) > 0, jump(minus, x, s.clamp(min=1e-6), torch.zeros_like(s), b.label), x)
+    with torch.no_grad(), same_dropout(x_t):
+        x_lower = solver_step(teacher, x_t, t, lower, b.label, cfg.solver)
+        at_s = torch.where(bcast(lower, x_t) > 0, jump(minus, x_lower, lower.clamp(min=1e-6), s, b.label), x_lower)
+        target = clean(at_s, s)
+    denoised = G(x_t, t, second_time(t, t, b.label))
+    dsm = (1 / t**2 + 1 / G.sigma_data**2) * (denoised - b.x).square().flatten(1).mean(1)
+    return distance(clean(jump(G, x_t, t, s, b.label), s), target, cfg.c) + 0.1 * dsm, t
+
+
+def meanflow_loss(G, minus, teacher, b, cfg, progress):
+    """MeanFlow (2505.13447, Eq. 10, 11, 22) with the teacher's velocity: u = v - (t - r) du/dt; half the pairs r = t."""
+    sigma = lognormal(b.u, cfg)
+    t = sigma / (1 + sigma)
+    r = torch.where(b.w < 0.5, t, t * 2 * (1 - b.w))
+    z = bcast(1 - t, b.x) * b.x + bcast(t, b.x) * b.eps
+    u = lambda D, z, t: velocity_from_denoiser(lambda x, s, y: D(x, s, second_time(s, r / (1 - r), y)), z, t, b.label)
+    with torch.no_grad(), same_dropout(z), nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
+        v = velocity_from_denoiser(teacher, z, t, b.label)
+        _, du = torch.func.jvp(lambda z, t: u(minus, z, t), (z, t), (v, torch.ones_like(t)))
+    error = (u(G, z, t) - (v - bcast(t - r, z) * du)).square().flatten(1).sum(1)
+    return error / (error.detach() + 0.01), sigma
+
+
+def boot_loss(G, minus, teacher, b, cfg, progress):
+    """BOOT (2306.05544, Eq. 10, 12): from noise at T, the student's own point at sigma and a teacher's step from there."""
+    sigma, lower = grid_pair(b.u, cfg)
+    T = torch.full_like(sigma, cfg.sigma_max)
+    x_T = bcast(T, b.eps) * b.eps
+    with torch.no_grad(), same_dropout(x_T):
+        x_t = jump(minus, x_T, T, sigma, b.label)
+        target = solver_step(teacher, x_t, sigma, lower, b.label, "euler")
+        first = teacher(x_T, T, b.label)
+    boundary = distance(G(x_T, T, second_time(T, T, b.label)), first, 0)
+    k = 1 - lower / sigma
+    return distance(jump(G, x_T, T, lower, b.label), target, cfg.c) / k**2 + 0.1 * boundary, sigma
+
+
+LOSSES = dict(cd=cd_loss, ct=ct_loss, ect=ect_loss, scd=scm_loss, sct=scm_loss, sprint=scm_loss, scott=scott_loss,
+              ctm=ctm_loss, meanflow=meanflow_loss, boot=boot_loss)
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+class Weight(nn.Module):
+    """sCM's learned weight w(sigma) (B,): exp(w) |error|^2 - w makes every level count the same."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(9, 1)
+        nn.init.zeros_(self.layer.weight), nn.init.zeros_(self.layer.bias)
+
+    def forward(self, sigma):
+        angle = sigma.log()[:, None] / 4 * torch.arange(1, 5, device=sigma.device)
+        return self.layer(torch.cat([angle.sin(), angle.cos(), sigma.log()[:, None] / 4], 1))[:, 0]
+
+
+def widen(denoiser, more):
+    """The same denoiser with `more` further label inputs, which it does not yet heed."""
+    net = denoiser.net
+    wide = type(net)(**{**net.spec, "label_dim": net.label_dim + more})
+    old = net.state_dict()
+    with torch.no_grad():
+        for name, w in wide.state_dict().items():
+            if name in old and old[name].shape == w.shape:
+                w.copy_(old[name])
+            else:
+                w.zero_()
+                if name in old:         # DDPM++ multiplies labels by the root of their number
+                    factor = (net.label_dim / wide.label_dim) ** 0.5 if name == "map_label.weight" and not net.adm else 1
+                    w[:, :old[name].shape[1]] = factor * old[name]
+    return Denoiser(wide, denoiser.sigma_data, denoiser.dtype)
+
+
+def make_student(cfg, teacher, data):
+    """A trainable copy of the teacher, with a second time if the loss wants one."""
+    G = initial_student(cfg, teacher, data)
+    G = place(widen(G, 6), cfg).train() if cfg.loss in SECOND_TIME else G
+    for block in G.modules():
+        if isinstance(block, Block):
+            block.dropout = cfg.dropout
+    G.sigma_init, G.config = cfg.sigma_init, asdict(cfg)
+    return G
+
+
+def draw(n, data, device, loss):
+    """All that is random about n training pairs. BOOT reads no data."""
+    x, label = (None, data.draw_label(n)) if loss == "boot" else data.sample(n)
+    eps, (u, w) = torch.randn(n, *data.shape, device=device), torch.rand(2, n, device=device)
+    return Draw(eps, x, label, u, w, torch.randn(n, 3, *data.shape, device=device) if loss == "scott" else None)
+
+
+def train(cfg):
+    """Distil, or train, as cfg says; returns the averaged student and its Run."""
+    if cfg.loss not in LOSSES:
+        raise UserError(f"unknown loss {cfg.loss!r}: choose one of {', '.join(LOSSES)}")
+    data = load_data(cfg)
+    teacher = load_teacher(cfg, data)
+    run = Run(cfg, "consistency")
+    G = make_student(cfg, teacher, data)
+    minus, ema, weight = copy.deepcopy(G).requires_grad_(False), EMA(G, cfg.ema), Weight().to(run.device)
+    opt = torch.optim.Adam([*G.parameters(), *weight.parameters()], betas=(0.9, 0.99), fused=True)
+    state = dict(G=G, minus=minus, weight=weight, ema=ema, opt=opt)
+    panels, z_show, label_show = gallery(cfg, data, teacher)
+    micro, loss_of = cfg.micro or cfg.batch, LOSSES[cfg.loss]
+    guide = None if cfg.loss in ("ct", "ect", "sct") else teacher
+
+    for step in run.steps(state):
+        set_lr(opt, cfg.lr * lr_factor(run.progress))
+        torch._foreach_lerp_(list(minus.parameters()), list(G.parameters()), 1 - cfg.target_ema if step else 1.0)
+
+        for part in micro_batches(micro, *draw(cfg.batch, data, run.device, cfg.loss)):
+            loss, sigma = loss_of(G, minus, guide, Draw(*part), cfg, run.progress)
+            if cfg.loss in TANGENT:
+                w = weight(sigma)
+                loss = w.exp() * loss - w
+            loss = loss.mean()
+            (loss * micro / cfg.batch).backward()
+        opt.step()
+        opt.zero_grad()
+        ema.update(G)
+        run.log(loss=loss)
+        if run.due():
+            run.show({**panels, f"{cfg.loss}, {cfg.nfe} network call": sample(ema.model, len(z_show), label_show, cfg.nfe, z_show)})
+    fine = list(panels.values())[1]
+
+    def extra():
+        x = sample(ema.model, len(z_show), label_show, 1, z_show)
+        out = dict(paired=(x - fine).square().mean().sqrt().item())
+        if cfg.data in TOYS:
+            out["H_2_steps"] = energy_coefficient(sample(ema.model, cfg.samples, steps=2), data.sample(cfg.samples)[0])
+        return out
+    report(run, data, teacher, lambda n, label: sample(ema.model, n, label, cfg.nfe), extra)
+    return ema.model, run
+
+
+@torch.no_grad()
+def sample(student, n, label=None, steps=1, z=None):
+    """n samples (n, ...) of a student in `steps` network calls; random labels if it wants some and gets none."""
+    cfg, device = student.config, next(student.parameters()).device
+    second = cfg["loss"] in SECOND_TIME
+    gamma, classes = cfg["gamma"] if second else 1.0, student.label_dim - 6 * second
+    z = torch.randn(n, *student.shape, device=device) if z is None else z
+    if label is None and classes:
+        label = F.one_hot(torch.randint(classes, (n,), device=device), classes).float()
+    levels = [student.sigma_init] + [cfg["mid"] * student.sigma_data / 2**k for k in range(steps - 1)] + [0.0]
+    parts = []
+    for x, y in micro_batches(1000, z, label):
+        x = student.sigma_init * x
+        for t, lower in zip(levels, levels[1:]):
+            t, s = x.new_full((len(x),), t), x.new_full((len(x),), lower * (1 - gamma**2) ** 0.5)
+            x = jump(student, x, t, s, y) if second else f(student, x, t, y)
+            x = x + gamma * lower * torch.randn_like(x) if lower and gamma else x
+        parts.append(x)
+    return torch.cat(parts)
+
+
+if __name__ == "__main__":
+    main(Config, PRESETS, train, sample)
