@@ -415,60 +415,61 @@ def find_steps(cfg):
     data = load_data(cfg)
     teacher = load_teacher(cfg, data)
     run, calls = Run(cfg, "rectflow"), cfg.steps_student if cfg.steps_student > 1 else 4
-    noise = lambda n: (torch.randn(n, *data.shape, device=run.device), data.draw_label(n))
-    solve = lambda start, knots: torch.cat([euler(teacher, *part, [k / FINE for k in knots], cfg.sigma_init)
-                                            for part in micro_batches(cfg.micro or 1000, *start)], 1)
+    device = run.device
+    noise = lambda n: (torch.randn(n, *data.shape, device=device), data.draw_label(n))
+    solve = lambda D, start, knots: torch.cat([euler(D, *part, [k / FINE for k in knots], cfg.sigma_init)
+                                               for part in micro_batches(cfg.micro or 1000, *start)], 1)
 
     # 1. the teacher's fine solutions: one set to search on, one to judge by
     start, test = noise(min(cfg.pairs, 5000)), noise(min(cfg.pairs, 5000))              # as many as BOSS takes
-    path, end = solve(start, range(FINE + 1)), solve(test, range(FINE + 1))[-1]
+    path, end = solve(teacher, start, range(FINE + 1)), solve(teacher, test, range(FINE + 1))[-1]
     few = tuple(a if a is None else a[:500] for a in start)                             # enough for the search
     costs, goal = boss_costs(path[:, :1000]), path[-1, -500:].flatten(1)
+    judge = lambda x: (float((x - end).square().mean()), energy_coefficient(x.flatten(1), end.flatten(1)))
 
     # 2. knots by dynamic programming and by evolution, beside uniform ones
     knots, judged = {}, {}
     for k in range(2, 9):
-        for name, found in dict(uniform=uniform_knots(k), boss=boss_knots(costs, k), search=search_knots(
-                lambda knots: energy_coefficient(solve(few, knots)[-1].flatten(1), goal), k)).items():
-            x = solve(test, found)[-1]
-            knots[name, k], judged[name, k] = found, (float((x - end).square().mean()), energy_coefficient(x.flatten(1), end.flatten(1)))
-        print(f"{k} calls, error and H: " + "; ".join(f"{name} {e:.5f}, {h:.5f}" for (name, n), (e, h) in judged.items() if n == k))
+        fitness = lambda found: energy_coefficient(solve(teacher, few, found)[-1].flatten(1), goal)
+        for name, found in dict(uniform=uniform_knots(k), boss=boss_knots(costs, k), search=search_knots(fitness, k)).items():
+            knots[name, k], judged[name, k] = found, judge(solve(teacher, test, found)[-1])
+        print(f"{k} calls, error and H: " + "; ".join("{} {:.5f}, {:.5f}".format(n, *v) for (n, m), v in judged.items() if m == k))
     draw_knots(run.dir / "steps.png", knots, judged)
 
-    # 3. if asked for, straighten the flow between BOSS's knots: from state i the slope to state j
-    student, best = teacher, torch.tensor(knots["boss", calls], device=run.device)
-    times = best / FINE
+    # 3. samples with these calls, of the teacher or of a network straightened between them
+    best, student = knots["boss", calls], teacher
     if cfg.straighten:
-        G = initial_student(cfg, teacher, data)
-        G.sigma_init, G.times = cfg.sigma_init, ",".join(f"{t:.6g}" for t in times[:-1].tolist())
-        run.cfg = replace(cfg, steps_student=calls, times=G.times)                      # what ema.pt is drawn with
-        ema, opt = EMA(G, cfg.ema), torch.optim.Adam(G.parameters(), betas=(0.9, 0.99), fused=True)
-        for step in run.steps(dict(G=G, ema=ema, opt=opt)):
-            set_lr(opt, cfg.lr * lr_factor(run.progress))
-            i, who = torch.randint(calls, (cfg.batch,), device=run.device), torch.randint(path.shape[1], (cfg.batch,), device=run.device)
-            x_i, x_j = path[best[i], who], path[best[i + 1], who]
-            slope = (x_j - x_i) / bcast(times[i + 1] - times[i], x_i)
-            label = start[1] if start[1] is None else start[1][who]
-            for x_i, t, slope, label in micro_batches(cfg.micro or cfg.batch, x_i, times[i], slope, label):
-                loss = pair_distance(velocity(G, x_i, t, label, cfg.sigma_init), slope, "l2").mean()
-                (loss * (cfg.micro or cfg.batch) / cfg.batch).backward()
-            opt.step()
-            opt.zero_grad()
-            ema.update(G)
-            run.log(straighten=loss)
-        student = ema.model
-
-    # 4. samples with these calls
-    draw = lambda n, label, z=None, times=times: torch.cat([euler(student, *part, times, cfg.sigma_init)[-1] for part in micro_batches(
-        1000, torch.randn(n, *data.shape, device=run.device) if z is None else z, label)])
+        student = straighten(run, teacher, data, path[best], start[1], [k / FINE for k in best])
+        judged["straightened", calls] = judge(solve(student, test, best)[-1])
+        print("{} calls, straightened: error {:.5f}, H {:.5f}".format(calls, *judged["straightened", calls]))
     panels, z, label = gallery(cfg, data, teacher)
-    run.show({**panels, f"{calls} uniform calls": draw(0, label, z, torch.linspace(0, 1, calls + 1)),
-              f"BOSS's {calls} calls" + ", straightened" * cfg.straighten: draw(0, label, z)})
-    x = draw(0, test[1], test[0])
-    judged["straightened", calls] = float((x - end).square().mean()), energy_coefficient(x.flatten(1), end.flatten(1))
-    report(run, data, teacher, draw, **{f"knots_{name}_{k}": v for (name, k), v in knots.items()},
+    run.show({**panels, f"{calls} uniform calls": solve(teacher, (z, label), uniform_knots(calls))[-1],
+              f"BOSS's {calls} calls" + ", straightened" * cfg.straighten: solve(student, (z, label), best)[-1]})
+    report(run, data, teacher, lambda n, label: solve(student, (noise(n)[0], label), best)[-1],
+           **{f"knots_{name}_{k}": v for (name, k), v in knots.items()},
            **{f"{what}_{name}_{k}": v for (name, k), pair in judged.items() for what, v in zip(("error", "H_to_teacher"), pair)})
     return student, run
+
+
+def straighten(run, teacher, data, path, label, times):
+    """The teacher trained to go straight from knot to knot of its own solutions path (K + 1, n, ...) (BOSS); returns the average."""
+    cfg, calls, device = run.cfg, len(times) - 1, run.device
+    G, slopes = initial_student(cfg, teacher, data), path.diff(dim=0) / torch.tensor(times, device=device).diff().reshape(-1, *[1] * (path.ndim - 1))
+    G.sigma_init, G.times = cfg.sigma_init, ",".join(f"{t:.6g}" for t in times[:-1])
+    run.cfg = replace(cfg, steps_student=calls, times=G.times)                          # what ema.pt is drawn with
+    ema, opt = EMA(G, cfg.ema), torch.optim.Adam(G.parameters(), betas=(0.9, 0.99), fused=True)
+    micro, start = cfg.micro or cfg.batch, torch.tensor(times, device=device)
+    for step in run.steps(dict(G=G, ema=ema, opt=opt)):
+        set_lr(opt, cfg.lr * lr_factor(run.progress))
+        i, who = (torch.randint(n, (cfg.batch,), device=device) for n in (calls, path.shape[1]))
+        for x, t, slope, y in micro_batches(micro, path[i, who], start[i], slopes[i, who], None if label is None else label[who]):
+            loss = pair_distance(velocity(G, x, t, y, cfg.sigma_init), slope, "l2").mean()
+            (loss * micro / cfg.batch).backward()
+        opt.step()
+        opt.zero_grad()
+        ema.update(G)
+        run.log(straighten=loss)
+    return ema.model
 
 
 def draw_knots(path, knots, judged):
@@ -499,12 +500,12 @@ def train_restore(cfg):
         state.update(D=D, opt_D=opt_D)
     micro, levels = cfg.micro or cfg.batch, (0.0, 0.25, 0.5, 0.75, 0.99)
 
-    def draw(n):
+    def draw(n):                                    # clean, label, input
         x, label = data.sample(n)
         return x, label, degrade(x, cfg.level, cfg.down, torch.randn_like(x))
     call = lambda x_0, label, t: torch.cat([restored(ema.model, *part, cfg.level) for part in (
         (x, torch.full_like(x.flatten(1)[:, 0], t), y) for x, y in micro_batches(1000, x_0, label))])
-    x_show, label_show, show = draw(5000 if cfg.data in TOYS else 64)
+    x_show, label_show, show = draw(len(gallery(cfg, data, None)[1]))
 
     for step in run.steps(state):
         factor = lr_factor(run.progress)
@@ -534,7 +535,7 @@ def train_restore(cfg):
         run.log(**losses)
         if run.due():
             with torch.no_grad():
-                run.show({f"data: {cfg.data}": x_show, "input": show, **{f"restored, t = {t}": call(show, label_show, t) for t in levels[::2]}})
+                run.show({"clean": x_show, "input": show, **{f"restored, t = {t}": call(show, label_show, t) for t in levels[::2]}})
 
     # 3. the trade-off: error of each sample against distance of all to the data
     with torch.no_grad():
