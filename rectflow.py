@@ -466,11 +466,12 @@ def find_steps(cfg):
 def straighten(run, teacher, data, path, label, times):
     """The teacher trained to go straight from knot to knot of its own solutions path (K + 1, n, ...) (BOSS); returns the average."""
     cfg, calls, device = run.cfg, len(times) - 1, run.device
-    G, slopes = initial_student(cfg, teacher, data), path.diff(dim=0) / torch.tensor(times, device=device).diff().reshape(-1, *[1] * (path.ndim - 1))
+    G, start = initial_student(cfg, teacher, data), torch.tensor(times, device=device)
+    slopes = path.diff(dim=0) / bcast(start.diff(), path)
     G.sigma_init, G.times = cfg.sigma_init, ",".join(f"{t:.6g}" for t in times[:-1])
     run.cfg = replace(cfg, steps_student=calls, times=G.times)                          # what ema.pt is drawn with
     ema, opt = EMA(G, cfg.ema), torch.optim.Adam(G.parameters(), betas=(0.9, 0.99), fused=True)
-    micro, start = cfg.micro or cfg.batch, torch.tensor(times, device=device)
+    micro = cfg.micro or cfg.batch
     for step in run.steps(dict(G=G, ema=ema, opt=opt)):
         set_lr(opt, cfg.lr * lr_factor(run.progress))
         i, who = (torch.randint(n, (cfg.batch,), device=device) for n in (calls, path.shape[1]))
