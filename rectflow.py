@@ -1,11 +1,13 @@
 """
-Rectified flow from data to one step: RF and reflow (Liu et al., arXiv 2209.03003), InstaFlow (2309.06380), SlimFlow
-(2407.12718), BOSS (2312.16414), AutoDiffusion (2309.10438), OFTSR (2412.09465), with RF++'s settings (2405.20320).
+Rectified flow from training to one step: flow, reflow, distillation, small students, step sizes, restoration.
+
+RF and reflow (Liu et al., arXiv 2209.03003), InstaFlow (2309.06380), SlimFlow (2407.12718), BOSS (2312.16414),
+AutoDiffusion (2309.10438), OFTSR (2412.09465), with RF++'s settings (2405.20320) as flags.
 
 Time t runs from noise to data: t = 0 is NOISE, t = 1 is DATA, as in all these papers but RF++. On the straight line from
 z to x a velocity is learnt, and a sample is what its ODE makes of noise:
 
-    x_t = (1 - t) z + t x,     min E|v(x_t, t) - (x - z)|^2,     dx_t/dt = v(x_t, t)                    (RF Eq. 1 and 5)
+    x_t = (1 - t) z + t x,     min E|v(x_t, t) - (x - z)|^2,     dx_t/dt = v(x_t, t)                    (RF Eq. 1)
 
 Every network is a denoiser, its velocity an exact re-reading: x_t / t is x with noise of std sigma = (1 - t) / t, so
 
@@ -65,7 +67,7 @@ class Config(Shared):
     ema: float = 0.995
     sigma_max: float = 20.0
     sigma_init: float = 20.0
-    stage: str = "chain"        # chain | flow | reflow | distill | slim | anneal | guided | steps | restore: see above
+    stage: str = "chain"        # chain | flow | reflow | distill | slim | anneal | guided | steps | restore: chain is flow, reflow, distill; slim is anneal, guided
     rounds: int = 1             # reflow: how often
     pairs: int = 50000          # pairs (z, ODE(z)) of the teacher, made once and kept in runs/
     t_law: str = "uniform"      # uniform | ushape: reflow, anneal: law of t; RF++ looks more often at both ends
