@@ -1518,10 +1518,10 @@ def image_metrics(cfg, data, samplers):
     return out
 
 
-def report(run, data, teacher, draw, extra=dict):
+def report(run, data, teacher, draw, extra=dict, **more):
     """
-    Measure the finished student draw(n, label) -> x and what extra() -> {name: value} adds, write metrics.json, print
-    figures and where things are; returns them.
+    Measure the finished student draw(n, label) -> x and what extra() -> {name: value} adds, write metrics.json, with `more`
+    in it, print figures and where things are; returns them.
     """
     cfg, start = run.cfg, time.time()
     if rank():                                              # the first process measures
@@ -1543,8 +1543,8 @@ def report(run, data, teacher, draw, extra=dict):
             line = ", ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{k}: {v}" for k, v in metrics.items())
         else:
             metrics, line = {}, "no FID was measured; --fid FILE does it"
-        more = extra()
-        metrics, line = metrics | more, ", ".join([line, *(f"{k} {v:.5f}" for k, v in more.items())])
+        added = extra()
+        metrics, line = metrics | added | more, ", ".join([line, *(f"{k} {v:.5f}" for k, v in added.items())])
     run.finish(metrics)
     print(f"{run.dir}/samples.png   more samples: python {run.script}.py --sample {run.dir} --samples 64")
     print(f"{run.script} {cfg.data} seed {cfg.seed}, {cfg.steps} steps in {run.seconds:.0f} s (+ {time.time() - start:.0f} s to measure), "
@@ -1578,19 +1578,20 @@ def save_picture(path, panels, reach=None):
 
 
 def gallery(cfg, data, teacher, n=None):
-    """(panels, z, label): pictures of data and teacher samples, and the fixed latents for the student's panel beside them."""
+    """(panels, z, label): pictures of data and teacher samples (if any), and the fixed latents for the student's panel beside them."""
     device = pick_device(cfg)
-    large = device.type == "cpu" and sum(p.numel() for p in teacher.parameters()) > 10**7       # a second a call and image
+    large = device.type == "cpu" and teacher is not None and sum(p.numel() for p in teacher.parameters()) > 10**7       # a second a call and image
     n = n or (5000 if cfg.data in TOYS else 1 if large else 64)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         x, label = data.sample(n)
         z = torch.randn(n, *data.shape, device=device)
-        steps, fine = 40 if cfg.data == "imagenet64" else 18, None
+        panels, steps = {f"data: {cfg.data}": x}, 40 if cfg.data == "imagenet64" else 18
         if teacher is not None:
-            fine = heun_sample(teacher, z, label, steps, cfg.sigma_min if cfg.data in TOYS else 0.002, cfg.sigma_max)
+            panels[f"teacher, {2 * steps - 1} network calls"] = heun_sample(
+                teacher, z, label, steps, cfg.sigma_min if cfg.data in TOYS else 0.002, cfg.sigma_max)
     Images.ahead = None                                     # drawn in the fork, too
-    return {f"data: {cfg.data}": x, **({} if fine is None else {f"teacher, {2 * steps - 1} network calls": fine})}, z, label
+    return panels, z, label
 
 
 # ---- 9. processes and run folder -------------------------------------------------------------------------------------
