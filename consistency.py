@@ -420,7 +420,7 @@ def train(cfg):
         disc = make_discriminator(critic.net.feature_shape()).to(run.device)
         state |= dict(disc=disc, opt_disc=torch.optim.Adam(disc.parameters(), cfg.lr_disc, betas=(0.0, 0.99), fused=True))
     panels, z_show, label_show = gallery(cfg, data, teacher)
-    micro, loss_of = cfg.micro or cfg.batch, LOSSES[cfg.loss]
+    micro, loss_of = run.micro, LOSSES[cfg.loss]
     guide = None if cfg.loss in ("ct", "ect", "sct") else teacher
 
     for step in run.steps(state):
@@ -430,18 +430,19 @@ def train(cfg):
 
         # 1. sprint: the discriminator learns to tell the student's samples from data
         if cfg.loss == "sprint":
-            for part in micro_batches(micro, *draw(cfg.batch, data, run.device, cfg.loss)):
+            for part in run.parts(*draw(cfg.batch, data, run.device, cfg.loss)):
                 b = Draw(*part)
                 with torch.no_grad():
                     x = guess(G, b, cfg)
                 loss_disc = hinge_loss(look(critic, disc, b.x, b, cfg), look(critic, disc, x, b, cfg)).mean()
                 (loss_disc * micro / cfg.batch).backward()
+            run.add_gradients(state["opt_disc"])
             state["opt_disc"].step()
             state["opt_disc"].zero_grad()
             disc.requires_grad_(False)
 
         # 2. the student
-        for part in micro_batches(micro, *draw(cfg.batch, data, run.device, cfg.loss)):
+        for part in run.parts(*draw(cfg.batch, data, run.device, cfg.loss)):
             b = Draw(*part)
             loss, sigma = loss_of(G, minus, guide, b, cfg, run.progress)
             if cfg.loss in TANGENT:                         # sCM's adaptive weight
@@ -453,6 +454,7 @@ def train(cfg):
             (total * micro / cfg.batch).backward()
         if cfg.loss == "sprint":
             disc.requires_grad_(True)
+        run.add_gradients(opt)
         opt.step()
         opt.zero_grad()
         ema.update(G)

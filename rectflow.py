@@ -56,7 +56,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from common import (EMA, TOYS, Denoiser, Run, Shared, UserError, bcast, build, denoising_loss, energy_coefficient, gallery, heun_sample,
-                    initial_student, load_data, load_teacher, lr_factor, main, micro_batches, place, report, save_picture, set_lr,
+                    initial_student, load_data, load_teacher, lr_factor, main, micro_batches, one_first, place, report, save_picture, set_lr,
                     write_atomically)
 
 
@@ -351,9 +351,9 @@ def train_flow(cfg):
     ema, opt = EMA(G, cfg.ema), torch.optim.Adam(G.parameters(), betas=(0.9, 0.99), fused=True)
     panels, z_show, label_show = gallery(cfg, data, teacher)
     large = load_teacher(replace(cfg, teacher=cfg.large), data) if stage == "guided" else teacher
-    pairs = teacher_pairs(cfg, large, data, run.device) if teacher else None
+    pairs = one_first(teacher_pairs)(cfg, large, data, run.device) if teacher else None
     knots = torch.tensor(call_times(G, calls)[:-1], device=run.device)
-    micro, law, kind = cfg.micro or cfg.batch, cfg.t_law if straight else "uniform", cfg.distance if pairs else "l2"
+    micro, law, kind = run.micro, cfg.t_law if straight else "uniform", cfg.distance if pairs else "l2"
 
     for step in run.steps(dict(G=G, ema=ema, opt=opt)):
         set_lr(opt, cfg.lr * lr_factor(run.progress))
@@ -371,11 +371,12 @@ def train_flow(cfg):
         fresh, split = (torch.randn_like(z), 0.2 + 0.6 * torch.rand_like(t)) if stage == "guided" else (None, None)
 
         # 3. velocity against slope
-        for z, label, x, t, fresh, split in micro_batches(micro, z, label, x, t, fresh, split):
+        for z, label, x, t, fresh, split in run.parts(z, label, x, t, fresh, split):
             losses = dict(flow=flow_loss(G, z, x, t, label, cfg.sigma_init, kind).mean())
             if stage == "guided":
                 losses.update(guide=guide_loss(G, teacher, fresh, split, label, cfg.sigma_init, kind).mean())
             ((losses["flow"] + cfg.guide * losses.get("guide", 0)) * micro / cfg.batch).backward()
+        run.add_gradients(opt)
         opt.step()
         opt.zero_grad()
         ema.update(G)
@@ -474,13 +475,14 @@ def straighten(run, teacher, data, path, label, times):
     G.sigma_init, G.times = cfg.sigma_init, ",".join(f"{t:.6g}" for t in times[:-1])
     run.cfg = replace(cfg, steps_student=calls, times=G.times)                          # what ema.pt is drawn with
     ema, opt = EMA(G, cfg.ema), torch.optim.Adam(G.parameters(), betas=(0.9, 0.99), fused=True)
-    micro = cfg.micro or cfg.batch
+    micro = run.micro
     for step in run.steps(dict(G=G, ema=ema, opt=opt)):
         set_lr(opt, cfg.lr * lr_factor(run.progress))
         i, who = (torch.randint(n, (cfg.batch,), device=device) for n in (calls, path.shape[1]))
-        for x, t, slope, y in micro_batches(micro, path[i, who], start[i], slopes[i, who], None if label is None else label[who]):
+        for x, t, slope, y in run.parts(path[i, who], start[i], slopes[i, who], None if label is None else label[who]):
             loss = pair_distance(velocity(G, x, t, y, cfg.sigma_init), slope, "l2").mean()
             (loss * micro / cfg.batch).backward()
+        run.add_gradients(opt)
         opt.step()
         opt.zero_grad()
         ema.update(G)
@@ -515,7 +517,7 @@ def train_restore(cfg):
     if cfg.down > 1:            # its input has lost more than noise covers: the teacher is no denoiser for that yet
         opt_D = torch.optim.Adam(D.parameters(), betas=(0.9, 0.99), fused=True)
         state.update(D=D, opt_D=opt_D)
-    micro, levels = cfg.micro or cfg.batch, (0.0, 0.25, 0.5, 0.75, 0.99)
+    micro, levels = run.micro, (0.0, 0.25, 0.5, 0.75, 0.99)
 
     def draw(n):                                    # clean, label, input
         x, label = data.sample(n)
@@ -534,17 +536,19 @@ def train_restore(cfg):
         losses = {}
         if cfg.down > 1:
             set_lr(opt_D, cfg.lr * factor)
-            for x, label, start, u in micro_batches(micro, x, label, x_0, t * (1 - cfg.sigma_min / cfg.level)):
+            for x, label, start, u in run.parts(x, label, x_0, t * (1 - cfg.sigma_min / cfg.level)):
                 sigma, x_t = (1 - u) * cfg.level, bcast(1 - u, x) * start + bcast(u, x) * x
                 losses.update(flow=denoising_loss(D(x_t, sigma, label), x, sigma, data.sigma_data).mean())
                 (losses["flow"] * micro / cfg.batch).backward()
+            run.add_gradients(opt_D)
             opt_D.step()
             opt_D.zero_grad()
 
         # 2. the student follows that flow
-        for start, label, u in micro_batches(micro, x_0, label, 0.01 + 0.98 * t):
+        for start, label, u in run.parts(x_0, label, 0.01 + 0.98 * t):
             losses.update(oftsr=oftsr_loss(G, D, start, u, label, cfg.level).mean())
             (losses["oftsr"] * micro / cfg.batch).backward()
+        run.add_gradients(opt)
         opt.step()
         opt.zero_grad()
         ema.update(G)

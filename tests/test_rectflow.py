@@ -422,7 +422,7 @@ def test_images_end_to_end(tmp_path, monkeypatch):
     for module in (rectflow, common):
         monkeypatch.setattr(module, "heun_sample", lambda D, z, label, steps, *a: heun(D, z, label, 2, *a))
     train(dataclasses.replace(cfg, stage="flow", out="run-flow", fid="tiny.pt", micro=2))
-    assert math.isfinite(json.loads(Path("run-flow/metrics.json").read_text())["fid4"])
+    assert math.isfinite(json.loads(Path("run-flow/metrics.json").read_text())["fid4_train100_8_steps"])
     student, run = train(dataclasses.replace(cfg, teacher="run-flow", stage="chain"))
     x = sample(student, 3)
     assert x.shape == (3, 3, 32, 32) and x.isfinite().all() and Path("run-reflow/trajectories.png").exists()

@@ -14,7 +14,7 @@ import torch
 
 from conftest import QUICK, ROOT, main_in_process, run, start, start_copy
 
-SCRIPTS = ["fdistill.py", "dmd.py", "sim.py"]
+SCRIPTS = ["fdistill.py", "dmd.py", "sim.py", "consistency.py", "rectflow.py"]
 TOYS = ["ring", "grid", "unequal", "moons", "spiral", "checkerboard"]
 
 
@@ -226,7 +226,7 @@ def test_imports(script):
 
 def test_import_does_no_work(tmp_path):
     """Importing a script prints nothing, writes nothing and leaves the random generator alone."""
-    code = "import torch; a = torch.get_rng_state(); import fdistill, dmd, sim; assert torch.equal(a, torch.get_rng_state())"
+    code = "import torch; a = torch.get_rng_state(); import fdistill, dmd, sim, consistency, rectflow; assert torch.equal(a, torch.get_rng_state())"
     p = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(ROOT), "PATH": "", "PYTHONDONTWRITEBYTECODE": "1"},
                        capture_output=True, text=True)
     assert p.returncode == 0 and p.stdout == p.stderr == "" and not list(tmp_path.iterdir())
