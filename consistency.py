@@ -52,17 +52,17 @@ from common import (EMA, IMAGES, TOYS, Block, Denoiser, Run, Shared, UserError, 
 
 # What a loss calls for where the flag is left at -1. mid is the second level of sampling, in units of the data's std.
 AUTO = {
-    "cd": dict(N=8, c=0.03, mid=2.76),          # index 22 of 40: sigma 1.382 at std 0.5
+    "cd": dict(N=8, c=0.03, mid=0.7),
     "ct": dict(N=160, mid=1.64),                # sigma 0.821
     "ect": dict(mid=1.64),
-    "scd": dict(mid=1.96), "sct": dict(mid=1.96),                       # t = 1.1
-    "sprint": dict(mid=1.56),                                           # t = 1.0
+    "scd": dict(lr=5e-4, mid=1.96), "sct": dict(lr=5e-4, mid=1.96),     # t = 1.1; normalised tangents do not shrink: at
+    "sprint": dict(lr=5e-4, mid=1.56),                                  # 2e-3 scd has H 0.007, at 5e-4 0.0004. t = 1.0
     "scott": dict(N=8, c=0.03, mid=2.76),
     "ctm": dict(N=18, c=0.0, mid=2.76),
     "meanflow": dict(mid=2.76),
     "boot": dict(N=18, c=0.0, mid=2.76),
 }
-IMAGE_AUTO = {"cd": dict(N=18, c=0.0), "scott": dict(N=18, c=0.0), "ct": dict(N=1280)}         # the papers', for images
+IMAGE_AUTO = {"cd": dict(N=18, c=0.0, mid=2.76), "scott": dict(N=18, c=0.0), "ct": dict(N=1280)}  # papers': sigma 1.382
 SECOND_TIME = ("ctm", "meanflow", "boot")
 TANGENT = ("scd", "sct", "sprint")              # sCM and what builds on it
 
@@ -72,7 +72,7 @@ class Config(Shared):
     loss: str = "cd"            # cd | ct | ect | scd | sct | sprint | scott | ctm | meanflow | boot: member of the family
     steps: int = 1400
     batch: int = 512
-    lr: float = 2e-3
+    lr: float = -1.0            # learning rate; -1: as --loss
     ema: float = 0.995
     sigma_init: float = -1.0    # noise level the student starts from; it is --sigma_max, where -1 puts it
     nfe: int = 1                # network calls per sample when drawing: any number works
@@ -97,7 +97,7 @@ class Config(Shared):
     def __post_init__(self):
         shape = TOYS[self.data].shape if self.data in TOYS else IMAGES.get(self.data, [(1,)])[0]
         huber = 0.00054 * math.prod(shape) ** 0.5                       # iCT, Sec. 3.3
-        for name, value in {"c": huber, **AUTO.get(self.loss, {}), **({} if self.data in TOYS else IMAGE_AUTO.get(self.loss, {})),
+        for name, value in {"c": huber, "lr": 2e-3, **AUTO.get(self.loss, {}), **({} if self.data in TOYS else IMAGE_AUTO.get(self.loss, {})),
                             "sigma_init": self.sigma_max}.items():
             if getattr(self, name) == -1:
                 setattr(self, name, value)
