@@ -206,9 +206,9 @@ def test_energy_coefficient():
 def test_toy_metrics_know_data_from_a_missing_mode():
     """Fresh data: H near 0, 98.9 % near a mode. Without one mode of eight: H near the stated 0.009, forward KL up."""
     m = TOYS["ring"]
-    good = common.toy_metrics(m.sample(20000)[0], m)
-    assert abs(good["H"]) < 2e-4 and abs(good["in_3std"] - 0.989) < 0.003 and good["mode_min"] > 0.9
-    x, label = m.sample(20000)
+    good = common.toy_metrics(m.sample(10000)[0], m)
+    assert abs(good["H"]) < 3e-4 and abs(good["in_3std"] - 0.989) < 0.003 and good["mode_min"] > 0.9
+    x, label = m.sample(10000)
     bad = common.toy_metrics(x[label[:, 0] == 0], m)
     assert 0.006 < bad["H"] < 0.012 and bad["mode_min"] < 0.01
     assert bad["fkl"] > good["fkl"] + 0.1 and bad["rkl"] > good["rkl"] + 0.05
