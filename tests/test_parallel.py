@@ -13,12 +13,15 @@ import torch
 
 from conftest import ROOT, PowerCut, main_in_process        # first: it puts the scripts on the path
 import common
+import consistency
 import dmd
 import fdistill
+import rectflow
 import sim
 
 TINY = dict(steps=20, teacher_steps=4, batch=32, samples=64, every=10, width=32)
-SCRIPTS = dict(fdistill=(fdistill, dict(cond=True)), dmd=(dmd, dict(micro=8)), sim=(sim, {}), pairs=(dmd, dict(variant="dmd", pairs=40)))
+SCRIPTS = dict(fdistill=(fdistill, dict(cond=True)), dmd=(dmd, dict(micro=8)), sim=(sim, {}), pairs=(dmd, dict(variant="dmd", pairs=40)),
+               consistency=(consistency, dict(loss="sprint", micro=8)), rectflow=(rectflow, dict(stage="guided", pairs=64)))
 ENV = dict(OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1", CUDA_VISIBLE_DEVICES="")
 
 
@@ -53,6 +56,8 @@ def work():
     train("dmd", "dmd", resume=True)
     train("sim", "sim")
     train("pairs", "pairs")
+    train("consistency", "consistency")
+    train("rectflow", "rectflow")
     common.any_process(False)
     print(f"rank {common.rank()} prints")
 
