@@ -3,6 +3,8 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,8 +17,32 @@ QUICK = ["--steps", "2", "--teacher_steps", "2", "--batch", "16", "--samples", "
 
 def pytest_configure(config):
     """Warnings are errors, but for PyTorch's own announcement about TorchScript, the format of the FID network."""
+    config.addinivalue_line("markers", "background: takes processes of its own; runs on a second core while the others run")
+    torch.set_num_threads(1)
     config.addinivalue_line("filterwarnings", "error")
     config.addinivalue_line("filterwarnings", "ignore:.*torch.jit:DeprecationWarning")
+
+
+def pytest_collection_finish(session):
+    """Tests marked `background` begin now, one after the other in a thread; they touch no global state, only their tmp_path."""
+    session.pool, waiting = ThreadPoolExecutor(1), [item for item in session.items if item.get_closest_marker("background")]
+    for item in [] if session.config.option.collectonly else waiting:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        item.folder = tempfile.TemporaryDirectory(prefix="onestep-")
+        item.result = session.pool.submit(item.function, tmp_path=Path(item.folder.name), **params)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem):
+    if hasattr(pyfuncitem, "result"):
+        pyfuncitem.result.result()
+        pyfuncitem.folder.cleanup()
+        return True
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session, "pool"):
+        session.pool.shutdown(cancel_futures=True)
 
 
 @pytest.fixture(autouse=True)

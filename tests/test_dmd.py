@@ -28,7 +28,7 @@ VARIANTS = [dict(cond=True), dict(variant="dmd", pairs=64, distance="huber"), di
 def small_gallery(monkeypatch):
     """Pictures of few samples: they are looked at elsewhere."""
     for module in (dmd, fdistill):
-        monkeypatch.setattr(module, "gallery", lambda cfg, data, teacher: common.gallery(cfg, data, teacher, n=9))
+        monkeypatch.setattr(module, "gallery", lambda cfg, data, teacher: common.gallery(cfg, data, teacher, n=4))
 
 
 def quick(**kw):
@@ -335,7 +335,7 @@ def test_short_run_learns_the_ring(kw):
     assert metrics["H"] < 0.006 and metrics["mode_min"] > 0.4, metrics
 
 
-@pytest.mark.parametrize("kw", [dict(steps_student=2, fid="tiny.pt"), dict(variant="vsd", rank=2), dict(variant="dmd", pairs=12)])
+@pytest.mark.parametrize("kw", [dict(steps_student=2, fid="tiny.pt"), dict(variant="vsd", rank=2), dict(variant="dmd", pairs=4)])
 def test_images_end_to_end(tmp_path, kw):
     """A few CPU steps on files in CIFAR-10's format: every variant, labels, picture, FID, samples."""
     write_cifar(tmp_path / "data")

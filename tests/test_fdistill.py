@@ -179,7 +179,7 @@ def test_reverse_kl_seeks_forward_kl_covers():
 
 def test_images_end_to_end(tmp_path, monkeypatch):
     """A few CPU steps on files in CIFAR-10's format: teacher fitted and cached, picture, FID of student and teacher."""
-    monkeypatch.setattr(fdistill, "gallery", lambda *a: common.gallery(*a, n=9))
+    monkeypatch.setattr(fdistill, "gallery", lambda *a: common.gallery(*a, n=4))
     write_cifar(tmp_path / "data")
     torch.jit.script(TinyInception()).save("tiny.pt")
     cfg = Config(data="cifar10", data_dir="data", device="cpu", net="small", width=8, cond=True, steps=2, batch=8, teacher_steps=2,

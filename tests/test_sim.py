@@ -217,7 +217,7 @@ def test_images_end_to_end_and_data_free(tmp_path, monkeypatch):
     torch.jit.script(TinyInception()).save("tiny.pt")
     cfg = Config(data="cifar10", data_dir="data", device="cpu", net="small", width=8, cond=True, steps=2, batch=8, micro=4,
                  teacher_steps=2, samples=12, fid="tiny.pt", every=2, sigma_min=0.002, sigma_max=80.0, out="run")
-    monkeypatch.setattr(sim, "gallery", lambda *a: common.gallery(*a, n=9))
+    monkeypatch.setattr(sim, "gallery", lambda *a: common.gallery(*a, n=4))
     student, run = train(cfg)
     metrics = json.loads((run.dir / "metrics.json").read_text())
     assert metrics["fid_ref"] == "cifar10 training images, 100"
