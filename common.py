@@ -42,6 +42,7 @@ class Shared:
     teacher_steps: int = 2000   # updates of that first fit
     out: str = ""               # run folder; by default runs/<script>-<data>-<seed>
     steps: int = 1000           # student updates
+    budget: str = ""            # time to train, 90s, 25m or 2h, instead of --steps; half of it for a teacher that must be fitted
     batch: int = 512            # samples per update
     micro: int = 0              # samples per forward pass, 0: all of --batch; lower it if memory runs out, gradients stay the same
     lr: float = 1e-3            # learning rate of the student
@@ -110,6 +111,7 @@ def check(cfg):
     for bad, sentence in (
         (min(cfg.steps, cfg.batch, cfg.every, cfg.samples, cfg.teacher_steps) < 1,
          "--steps, --batch, --every, --samples and --teacher_steps must be at least 1"),
+        (cfg.budget and not duration(cfg.budget), f"--budget is a time such as 90s, 25m or 2h, not {cfg.budget}"),
         (cfg.samples < 2 and not cfg.sample, "--samples must be at least 2 to measure anything"),
         (cfg.micro < 0 or cfg.micro and cfg.batch % cfg.micro, f"--micro {cfg.micro} does not divide --batch {cfg.batch}"),
         (not 0 < cfg.sigma_min < cfg.sigma_max < math.inf or not 0 < cfg.sigma_init < math.inf,
@@ -133,6 +135,12 @@ def check(cfg):
     if cfg.fid and not cfg.sample:                          # better now than after hours of training
         load_inception(cfg.fid, "cpu")
         fid_reference(cfg)
+
+
+def duration(text):
+    """Seconds in 90s, 25m or 2.5h; 0 if it is no such time."""
+    match = re.fullmatch(r"(\d+\.?\d*)([smh])", text)
+    return float(match[1]) * dict(s=1, m=60, h=3600)[match[2]] if match else 0
 
 
 def main(Config, PRESETS, train, sample):
@@ -1060,7 +1068,7 @@ def fit_teacher(cfg, data):
     denoising loss. A later call with the same settings and data loads it; an interrupted fit goes on where it stopped.
     """
     toy = cfg.data in TOYS
-    same = dict(data=cfg.data, net=cfg.net, width=cfg.width, cond=cfg.cond, dtype=cfg.dtype, steps=cfg.teacher_steps)
+    same = dict(data=cfg.data, net=cfg.net, width=cfg.width, cond=cfg.cond, dtype=cfg.dtype, steps=cfg.teacher_steps, budget=cfg.budget)
     same |= dict(lr=2e-3, sigma_min=cfg.sigma_min, sigma_max=cfg.sigma_max) if toy else \
         dict(lr=1e-3, ema=0.999, batch=512 if cfg.net in ("ddpmpp", "adm") else 64)
     content = 0 if toy else data.crc
@@ -1090,7 +1098,7 @@ def fit_teacher(cfg, data):
             opt.zero_grad()
             ema.update(net)
             run.log(loss=loss)
-        run.finish(dict(steps=fit.steps))
+        run.finish({})
         any_process(False)                                  # its files are there
     return load_denoiser(fit.out, cfg)
 
@@ -1547,7 +1555,7 @@ def report(run, data, teacher, draw, extra=dict, **more):
         metrics, line = metrics | added | more, ", ".join([line, *(f"{k} {v:.5f}" for k, v in added.items())])
     run.finish(metrics)
     print(f"{run.dir}/samples.png   more samples: python {run.script}.py --sample {run.dir} --samples 64")
-    print(f"{run.script} {cfg.data} seed {cfg.seed}, {cfg.steps} steps in {run.seconds:.0f} s (+ {time.time() - start:.0f} s to measure), "
+    print(f"{run.script} {cfg.data} seed {cfg.seed}, {run.step} steps in {run.seconds:.0f} s (+ {time.time() - start:.0f} s to measure), "
           f"peak memory {run.peak:.1f} GiB: {line}")
     return metrics
 
@@ -1640,9 +1648,14 @@ def all_reduce(t, **kw):
     return t
 
 
+def largest(value):
+    """The largest of the processes' numbers. All wait here for each other."""
+    return float(all_reduce(torch.tensor(value, dtype=torch.float64), op=dist.ReduceOp.MAX)) if processes() > 1 else float(value)
+
+
 def any_process(flag):
     """True in every process if `flag` is in one. All wait here for each other."""
-    return bool(all_reduce(torch.tensor(float(flag)), op=dist.ReduceOp.MAX)) if processes() > 1 else bool(flag)
+    return bool(largest(flag))
 
 
 def one_first(function):
@@ -1693,15 +1706,18 @@ class Run:
     """
     The folder of one run: config.json, log.csv, samples.png, samples/<step>.png, last.pt (everything, for --resume),
     ema.pt (the student) and metrics.json. Seeds PyTorch. A folder of other settings is refused; one of the same
-    settings is continued with --resume, else renamed to <folder>~1, never overwritten.
+    settings is continued with --resume, else renamed to <folder>~1, never overwritten. `teacher` is False in runs that need
+    none: the others leave half of --budget to fit_teacher.
     """
     free = {"resume", "every", "samples", "sample", "fid", "fid_ref", "device", "micro", "compile", "recompute", "data_dir", "out"}
 
-    def __init__(self, cfg, script):
+    def __init__(self, cfg, script, teacher=True):
         check(cfg)
         self.cfg, self.script, self.device = cfg, script, pick_device(cfg)
         self.dir = Path(cfg.out or f"runs/{script}-{cfg.data}-{cfg.seed}")
         self.step, self.rows, self.seconds, self.began = 0, [], 0.0, time.time()
+        self.progress, self.last = 0.0, False               # share of the training done, what schedules go by; is this the last step?
+        self.budget = duration(cfg.budget) / (2 if teacher and cfg.teacher in ("", "exact") else 1)
         self.micro = cfg.micro or cfg.batch // processes()          # samples per forward pass
         if not rank():
             self._open(json.loads(json.dumps(dataclasses.asdict(cfg))))
@@ -1769,10 +1785,13 @@ class Run:
             total = all_reduce(torch.cat([g.flatten() for g in grads])).split([g.numel() for g in grads])
             torch._foreach_copy_(grads, [t.view(g.shape) for t, g in zip(total, grads)])
 
-    @property
-    def progress(self):
-        """Share of the training done, in [0, 1): what schedules go by."""
-        return self.step / self.cfg.steps
+    def _look_at_clock(self):
+        """Progress at the start of a step, the same in every process; with --budget the last step is the one that would end too late."""
+        before, self.progress = self.progress, self.step / self.cfg.steps
+        self.last = self.step + 1 >= self.cfg.steps
+        if self.budget:
+            self.progress = min(1.0, largest((time.time() - self.began) / self.budget))
+            self.last = 2 * self.progress - before >= 1
 
     def steps(self, state):
         """
@@ -1793,18 +1812,19 @@ class Run:
             before = None
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)         # a teacher fitted before does not count
-        self.began, bar = time.time() - self.seconds, tqdm(total=self.cfg.steps, initial=self.step, desc=self.script,
-                                                              disable=rank() > 0)
+        self.began, bar = time.time() - self.seconds, tqdm(total=None if self.budget else self.cfg.steps, initial=self.step,
+                                                              desc=self.script, disable=rank() > 0)
         try:
-            while self.step < self.cfg.steps:
+            while not self.last:
                 self.bar = bar
+                self._look_at_clock()
                 yield self.step
                 self.step += 1
                 bar.update()
                 self.interrupted = any_process(self.interrupted)
-                if len(self.rows) >= 50 or self.step == self.cfg.steps:
+                if len(self.rows) >= 50 or self.last:
                     self.flush()
-                if self.step % self.cfg.every == 0 or self.step == self.cfg.steps or self.interrupted:
+                if self.step % self.cfg.every == 0 or self.last or self.interrupted:
                     self.save()
                 if self.interrupted:
                     raise KeyboardInterrupt(f"saved at step {self.step}; continue with --resume")
@@ -1816,7 +1836,7 @@ class Run:
 
     def due(self):
         """True in the steps after which a checkpoint is written: the time for a picture."""
-        return (self.step + 1) % self.cfg.every == 0 or self.step + 1 == self.cfg.steps
+        return (self.step + 1) % self.cfg.every == 0 or self.last
 
     def log(self, **values):
         """Keep the step's scalars (tensors or numbers); they are fetched, checked and written every 50 steps."""
@@ -1858,7 +1878,7 @@ class Run:
             if bad:
                 raise UserError(f"weight {bad[0]} of {name} is not finite at step {self.step}; the checkpoint before it is kept; a lower --lr may help")
         rng = [torch.get_rng_state()] + ([torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else [])
-        everything = dict(step=self.step, seconds=time.time() - self.began, rng=rng, ahead=Images.ahead,
+        everything = dict(step=self.step, last=self.last, progress=self.progress, seconds=time.time() - self.began, rng=rng, ahead=Images.ahead,
                           state={k: v if torch.is_tensor(v) else v.state_dict() for k, v in self.state.items()})
         if not rank():
             write_atomically(self.dir / "ema.pt", lambda f: torch.save(pack_denoiser(self.state["ema"].model, self.cfg), f))
@@ -1870,7 +1890,8 @@ class Run:
             saved = torch.load(self.dir / "last.pt", map_location="cpu", weights_only=True)
             for name, part in self.state.items():
                 (part.copy_ if torch.is_tensor(part) else part.load_state_dict)(saved["state"][name])
-            self.step, self.seconds, Images.ahead = saved["step"], saved["seconds"], saved.get("ahead")
+            self.step, self.progress, self.seconds, Images.ahead = (saved[k] for k in ("step", "progress", "seconds", "ahead"))
+            self.last = saved["last"] if self.budget else self.step >= self.cfg.steps
             torch.set_rng_state(saved["rng"][0])
             if self.device.type == "cuda" and len(saved["rng"]) > 1:
                 torch.cuda.set_rng_state(saved["rng"][1], self.device)

@@ -410,7 +410,7 @@ def train(cfg):
     complain(cfg)
     data = load_data(cfg)
     teacher = None if cfg.loss == "ct" else load_teacher(cfg, data)
-    run = Run(cfg, "consistency")
+    run = Run(cfg, "consistency", teacher is not None)
     G = make_student(cfg, teacher, data)
     minus, ema, weight = copy.deepcopy(G).requires_grad_(False), EMA(G, cfg.ema), Weight().to(run.device)
     opt = torch.optim.Adam([*G.parameters(), *weight.parameters()], betas=(0.9, 0.99), fused=True)

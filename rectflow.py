@@ -55,7 +55,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import (EMA, TOYS, Denoiser, Run, Shared, UserError, bcast, build, denoising_loss, energy_coefficient, gallery, heun_sample,
+from common import (EMA, TOYS, Denoiser, Run, Shared, UserError, bcast, build, denoising_loss, duration, energy_coefficient, gallery, heun_sample,
                     initial_student, load_data, load_teacher, lr_factor, main, micro_batches, one_first, place, report, save_picture, set_lr,
                     write_atomically)
 
@@ -327,10 +327,10 @@ def train(cfg):
     plan = dict(chain=["flow"] * (not cfg.teacher) + ["reflow"] * cfg.rounds + ["distill"], reflow=["reflow"] * cfg.rounds,
                 slim=["anneal", "guided"]).get(cfg.stage, [cfg.stage])
     out = cfg.out or f"runs/rectflow-{cfg.data}-{cfg.seed}" + f"-{cfg.stage}" * (cfg.stage != "chain")
-    teacher = cfg.teacher
+    teacher, budget = cfg.teacher, f"{duration(cfg.budget) / len(plan):g}s" if cfg.budget else ""
     for i, stage in enumerate(plan):
         number = str(plan[:i + 1].count(stage)) * (plan.count(stage) > 1)
-        part = replace(cfg, stage=stage, teacher=teacher, out=out if i == len(plan) - 1 else f"{out}-{stage}{number}",
+        part = replace(cfg, stage=stage, teacher=teacher, budget=budget, out=out if i == len(plan) - 1 else f"{out}-{stage}{number}",
                        large=cfg.teacher if cfg.stage == "slim" else cfg.large)
         student, run = dict(steps=find_steps, restore=train_restore).get(stage, train_flow)(part)
         teacher = part.out                          # the next stage's teacher
@@ -341,7 +341,7 @@ def train_flow(cfg):
     """flow, reflow, distill, anneal and guided: a network fitted to the velocity of straight lines, or to where they begin."""
     stage, data = cfg.stage, load_data(cfg)
     teacher = None if stage == "flow" else load_teacher(cfg, data)
-    run = Run(cfg, "rectflow")
+    run = Run(cfg, "rectflow", teacher is not None)
     G = initial_student(cfg, teacher, data) if teacher else build(cfg, data.shape, data.label_dim, data.sigma_data)
     G = small_network(cfg, G) if stage == "anneal" else G
     one_step, straight = stage in ("distill", "guided"), stage in ("reflow", "anneal")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -58,6 +59,9 @@ def work():
     train("pairs", "pairs")
     train("consistency", "consistency")
     train("rectflow", "rectflow")
+    clock = SimpleNamespace(time=lambda: (1 + common.rank()) * time.time())                     # the second one's runs twice as fast:
+    common.time = clock
+    train("sim", "budget", budget="2s")                     # they must agree when to stop
     common.any_process(False)
     print(f"rank {common.rank()} prints")
 
@@ -85,6 +89,7 @@ def test_two_processes_equal_one(tmp_path, monkeypatch):
     assert [w.returncode for w in workers] == [0, 0], err0 + err1
     assert "rank 0 prints" in out0 and "dmd ring seed 0" in out0 and out1 == "" and "sim: " in err0 and "sim: " not in err1
     assert torch.load(two / "fdistill/last.pt", weights_only=True)["step"] == 10
+    assert torch.load(two / "budget/last.pt", weights_only=True)["last"]
     train("fdistill", two / "fdistill", resume=True)
     monkeypatch.chdir(one)
     for name in SCRIPTS:

@@ -7,12 +7,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from conftest import QUICK, ROOT, main_in_process, run, start, start_copy
+from conftest import QUICK, ROOT, PowerCut, main_in_process, run, start, start_copy
 
 SCRIPTS = ["fdistill.py", "dmd.py", "sim.py", "consistency.py", "rectflow.py"]
 TOYS = ["ring", "grid", "unequal", "moons", "spiral", "checkerboard"]
@@ -44,6 +45,43 @@ def test_every_toy(script, tmp_path):
         assert metrics["n"] == 64 and abs(metrics["H"]) < 1 and metrics["step"] == 2 and config["data"] == toy
         rows = log_rows(folder)
         assert rows[-1]["step"] == "2" and all(np.isfinite(float(v)) for row in rows for v in row.values())
+
+
+def test_budget(monkeypatch):
+    """--budget replaces --steps: half for the teacher's fit, schedules that go by time, also over a power cut; each stage its share."""
+    import common
+    import consistency
+    import fdistill
+    import rectflow
+    clock, seen, update, factor = [0.0], [], common.EMA.update, fdistill.lr_factor
+
+    def second(self, model):                                        # each update takes one
+        update(self, model)
+        clock[0] += 1.0
+
+    def spy(progress):
+        seen.append(progress)
+        if len(seen) == 6:
+            raise PowerCut
+        return factor(progress)
+    monkeypatch.setattr(common, "time", SimpleNamespace(time=lambda: clock[0]))
+    monkeypatch.setattr(common.EMA, "update", second)
+    monkeypatch.setattr(fdistill, "lr_factor", spy)
+    flags = dict(budget="20s", batch=16, samples=64, every=2, out="run")
+    with pytest.raises(PowerCut):
+        fdistill.train(fdistill.Config(**flags))
+    clock[0] += 1000
+    run = fdistill.train(fdistill.Config(**flags, resume=True))[1]
+    steps = lambda folder: json.loads((folder / "metrics.json").read_text())["step"]
+    assert seen == pytest.approx([0, 0.1, 0.2, 0.3, 0.4, 0.5, *[0.4, 0.5, 0.6, 0.7, 0.8, 0.9]]) and run.step == 10
+    fdistill.train(fdistill.Config(**flags, resume=True))           # finished: nothing is left to do
+    assert len(seen) == 12 and steps(next(Path("runs").glob("teacher-*"))) == 10
+    assert consistency.train(consistency.Config(**{**flags, "loss": "ct", "budget": "0.1m", "out": "ct"}))[1].step == 6      # no teacher: all of it
+    rectflow.train(rectflow.Config(**{**flags, "budget": "12s", "out": "chain", "pairs": 64}))
+    assert [steps(Path(f)) for f in ("chain-flow", "chain-reflow", "chain")] == [4, 4, 4]
+    for wrong in ("20", "m", "-5m", "0s", "1e3s"):
+        with pytest.raises(common.UserError, match="--budget is a time"):
+            common.check(fdistill.Config(budget=wrong))
 
 
 def wait_for(condition, process, seconds=120):
