@@ -88,6 +88,9 @@ PRESETS = {
     # RectifiedFlow's CIFAR-10 settings, batch 128; 100,000 pairs rather than a million, they are kept in memory; not yet run
     "cifar10": dict(net="ddpmpp", steps=300_000, batch=128, lr=2e-4, ema=0.9999, pairs=100_000, sigma_min=0.002, sigma_max=80.0,
                     sigma_init=80.0, teacher_steps=100_000, every=10_000, samples=50_000, level=0.2),
+    # Batch, rate and steps of RF++ for ImageNet-64, which takes 5 million pairs: 50,000 fill 5 GB of memory here. Not yet run.
+    "imagenet64": dict(net="adm", cond=True, steps=700_000, batch=2048, micro=32, lr=1e-4, ema=0.9999, pairs=50_000, t_law="ushape",
+                       distance="huber", sigma_min=0.002, sigma_max=80.0, sigma_init=80.0, every=10_000, samples=50_000, level=0.2),
 }
 FINE = 120                                          # Euler steps of a fine solution, BOSS's grid: 2 to 6 and 8 calls divide it
 

@@ -259,9 +259,13 @@ def test_sampling_measures_a_toy():
 
 
 def test_imagenet64_presets():
-    """Batch sizes stay the papers', parts divide them, and the teacher's classes and shape are those of the data."""
+    """Batch sizes stay the papers', parts divide them, and the teacher's classes and shape are those of the data; a loss has its paper's rate."""
+    import consistency
     import dmd
     import fdistill
-    for module, batch in ((fdistill, 512), (dmd, 280), (sim, 8192)):
+    import rectflow
+    for module, batch in ((fdistill, 512), (dmd, 280), (sim, 8192), (consistency, 2048), (rectflow, 2048)):
         cfg = common.parse(module.Config, module.PRESETS, ["--data", "imagenet64"])
         assert (cfg.batch, cfg.net, cfg.cond) == (batch, "adm", True) and cfg.batch % cfg.micro == 0
+    rate = lambda *flags: common.parse(consistency.Config, consistency.PRESETS, ["--data", *flags]).lr
+    assert (rate("imagenet64"), rate("imagenet64", "--loss", "scd"), rate("cifar10"), rate("cifar10", "--lr", "0.5")) == (8e-6, 7e-5, 4e-4, 0.5)
