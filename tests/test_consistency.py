@@ -299,6 +299,50 @@ def test_dropout_masks_are_shared(device):
     assert shared.max() * 1e-5 < 1e-6, shared
 
 
+# ---- sampling, and sprint's adversarial term ----
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.6, 1.0])
+def test_sampling_keeps_the_law(gamma, monkeypatch):
+    """CTM's gamma-sampling, any number of calls: the exact jumps give N(0.7, 0.8^2), whatever share of the noise is fresh."""
+    student, levels = torch.nn.Linear(1, 1, dtype=F64), []
+    jump = consistency.jump
+    monkeypatch.setattr(consistency, "jump", lambda G, x, t, s, label: (levels.append(float(s[0])), jump(Exact(), x, t, s, label))[1])
+    for name, v in dict(config=dict(loss="ctm", gamma=gamma, mid=1.5), shape=(1,), label_dim=6, sigma_init=T, sigma_data=0.8).items():
+        setattr(student, name, v)
+    z = (M + (S**2 + T**2) ** 0.5 * torch.special.ndtri((torch.arange(4000, dtype=F64) + 0.5) / 4000)[:, None]) / T   # no luck in the first noise
+    for steps in (1, 3):
+        x = consistency.sample(student, len(z), steps=steps, z=z)
+        assert abs(x.mean() - M) < 0.03 and abs(x.std() - S) < 0.03, (x.mean(), x.std())
+    assert levels[-3] == pytest.approx(1.2 * (1 - gamma**2) ** 0.5) and levels[-1] == 0
+
+
+def test_hinge():
+    """At its best logit, the sign of p - q, the hinge is 1 - total variation: p uniform on cells 1, 2, q on 2, 3, TV 1/2."""
+    p, q, logits = torch.tensor([0.5, 0.5, 0.0]), torch.tensor([0.0, 0.5, 0.5]), torch.linspace(-2, 2, 41)[:, None]
+    far = torch.full_like(logits, 9.0)                              # a sure discriminator has no loss on that side
+    per_cell = 2 * (p * consistency.hinge_loss(logits, -far) + q * consistency.hinge_loss(far, logits))         # (41, 3)
+    assert float(per_cell.amin(0).sum() / 2) == pytest.approx(1 - 0.5)
+    assert per_cell.argmin(0)[0] >= 30 and per_cell.argmin(0)[2] <= 10             # +1 or more where only p is, -1 or less for q
+
+
+def test_sprint_pulls_the_student_up_the_logit():
+    """With a linear critic and head the term - logit(guess) has a closed-form gradient in an affine student a y + c."""
+    a, c = torch.tensor(0.4, dtype=F64, requires_grad=True), torch.zeros(2, dtype=F64, requires_grad=True)
+    head = torch.nn.Linear(2, 1, dtype=F64).requires_grad_(False)
+    cfg, n = setting("sprint"), 64
+    b = Draw(*torch.randn(2, n, 2, dtype=F64), None, *torch.rand(2, n, dtype=F64), torch.randn(n, 1, 2, dtype=F64))
+    seen = []
+    G = lambda y, sigma, label: (seen.append((y, sigma)), a * y + c)[1]
+    critic = lambda x, sigma, label, features: x
+    loss = -consistency.look(critic, head, consistency.guess(G, b, cfg), b, cfg).mean()
+    loss.backward()
+    (y, sigma), = seen
+    assert (sigma[::2] == cfg.sigma_max).all() and (sigma[1::2] < cfg.sigma_max).any()          # half of them one-step samples
+    torch.testing.assert_close(c.grad, -head.weight[0])
+    torch.testing.assert_close(a.grad, -(y @ head.weight[0]).mean())
+
+
 # ---- the loop ----
 
 
@@ -322,6 +366,20 @@ def test_every_loss_runs_saves_and_draws(loss):
         assert torch.equal(consistency.sample(again, 50, steps=steps, z=z), want)
     assert main_in_process(consistency, "--sample", "run", "--samples", 30, "--nfe", 2, "--device", "cpu")[0] == 0
     assert common.Path("run/draw.npy").exists()
+
+
+def test_target_ema(monkeypatch):
+    """--target_ema 0.9: `minus` is the student's first weights, then their average."""
+    def spy(G, minus, teacher, b, cfg, progress, loss=LOSSES["cd"]):
+        want[:] = [flat(G)] if not want else [0.9 * want[0] + 0.1 * flat(G)]
+        torch.testing.assert_close(flat(minus), want[0], rtol=0, atol=1e-6)
+        assert step == [] or not torch.equal(flat(G), flat(minus))
+        step.append(1)
+        return loss(G, minus, teacher, b, cfg, progress)
+    want, step = [], []
+    monkeypatch.setitem(LOSSES, "cd", spy)
+    train(quick(target_ema=0.9))
+    assert len(step) == 4
 
 
 def test_the_target_network_is_the_student_without_a_graph(monkeypatch):
