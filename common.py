@@ -1070,7 +1070,7 @@ def fit_teacher(cfg, data):
     toy = cfg.data in TOYS
     same = dict(data=cfg.data, net=cfg.net, width=cfg.width, cond=cfg.cond, dtype=cfg.dtype, steps=cfg.teacher_steps, budget=cfg.budget)
     same |= dict(lr=2e-3, sigma_min=cfg.sigma_min, sigma_max=cfg.sigma_max) if toy else \
-        dict(lr=1e-3, ema=0.999, batch=512 if cfg.net in ("ddpmpp", "adm") else 64)
+        dict(lr=1e-3, ema=0.999, batch=512) if cfg.net in ("ddpmpp", "adm") else dict(lr=2e-3, ema=0.999, batch=32)
     content = 0 if toy else data.crc
     key = hashlib.sha256(json.dumps([same, content]).encode()).hexdigest()[:8]
     fit = Shared(**same, out=f"runs/teacher-{cfg.data}-{key}", resume=True, device=cfg.device, compile=cfg.compile)

@@ -70,7 +70,7 @@ class Config(Shared):
 
 PRESETS = {
     **{name: {} for name in TOYS},
-    "grid": dict(fake_updates=3, steps=1200),       # 25 narrow modes want a closer fake score
+    "grid": dict(fake_updates=3, steps=1600),       # 25 narrow modes want a closer fake score
     # DMD2 has no CIFAR-10 settings of its own: those of f-distill's Table 5 and FastGen's DMD2 config, 20,000 student updates
     # with 4 critic updates each; number of pairs as in DMD; not yet run here
     "cifar10": dict(net="ddpmpp", cond=True, teacher_steps=100_000, steps=20_000, batch=2048, micro=256, lr=1e-4, lr_fake=1e-4,
