@@ -1,0 +1,100 @@
+"""README as a newcomer reads it: every command runs (at small size), the example is a method, the tables are true."""
+import ast
+import importlib
+import re
+import shlex
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+from conftest import ROOT, TinyInception, main_in_process   # first: it puts the scripts on the path
+import common
+import consistency
+import dmd
+import fdistill
+import rectflow
+import sim
+from common import UNet
+from edm_format import edm_bytes
+from test_common import write_cifar
+from test_images import write_batches
+
+README = (ROOT / "README.md").read_text()
+SCRIPTS = dict(fdistill=fdistill, dmd=dmd, sim=sim, consistency=consistency, rectflow=rectflow)
+COMMANDS = re.findall(r"^    (?:pip install -r requirements.txt && )?python (\w+\.py\b.*)", README.replace("\\\n", ""), re.M)
+SMALL = "--steps 2 --teacher_steps 2 --batch 16 --micro 0 --samples 4 --every 2".split()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """The folder in which the commands run one after the other, with all that they name, tiny: data, EDM's checkpoints, FID's network."""
+    folder = tmp_path_factory.mktemp("readme")
+    write_cifar(folder / "data/cifar-10-batches-bin", n=8)
+    (folder / "DIR").mkdir()
+    write_batches(folder / "DIR", [8])
+    torch.jit.script(TinyInception()).save(str(folder / "data/inception-2015-12-05.pt"))
+    for name, net in (("cifar10-32x32-cond-vp", UNet.ddpmpp(label_dim=10, width=4, blocks=1)), ("imagenet-64x64-cond-adm", UNet.adm(width=4, blocks=1))):
+        (folder / f"edm-{name}.pkl").write_bytes(edm_bytes(net.state_dict()))
+    return folder
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda c: c.split("  ")[0])
+def test_command(command, world, monkeypatch):
+    """As it stands there, after those above it; only flags that make it small come last."""
+    monkeypatch.chdir(world)
+    script, *args = shlex.split(command, comments=True)
+    real = common.heun_sample
+    for module in (common, dmd, rectflow):                  # the teacher's own samples, in the picture and in pairs, take the longest
+        monkeypatch.setattr(module, "heun_sample", lambda D, z, label=None, steps=18, *a, **kw: real(D, z, label, min(steps, 2), *a, **kw))
+    small, toy = list(SMALL), "cifar10" not in args and "imagenet64" not in args
+    if script == "common.py":
+        module, small, args = SimpleNamespace(__name__="common", main=common.main, Config=common.Sampling, PRESETS=common.SAMPLING,
+                                              train=common.sample_teacher, sample=None), ["--samples", "4", "--heun", "2"], args[1:]
+        toy = True                                          # it takes no --batch
+    elif script == "regress.py":                            # the example of a new method, out of README itself
+        example, = [block for block in re.findall(r"```python\n(.*?)```", README, re.S) if '"regress"' in block]
+        Path(script).write_text(example)
+        monkeypatch.syspath_prepend(str(world))
+        module = importlib.import_module("regress")
+    else:
+        module = SCRIPTS[script[:-3]]
+    small += ["--pairs", "16"] * (script == "rectflow.py") + ["--fid_ref", "16"] * ("--fid" in args) + ["--budget", "1s"] * ("--budget" in args)
+    small += [] if toy else ["--batch", "2", "--fake_updates", "1"]
+    small += ["--net", "small", "--width", "4"] * (not toy and "--teacher" not in args)
+    small += ["--data_dir", "DIR"] * ("imagenet64" in args and "--data_dir" not in args)
+    small = ["--samples", "4"] if "--sample" in args else small
+    code, err = main_in_process(module, *args, *small, "--device", "cpu", "--dtype", "fp32")
+    assert code == 0, err
+
+
+def names_used(module, functions):
+    """Names of common.py that the functions of a script use, themselves or through others of the script."""
+    tree = {n.name: n for n in ast.parse(Path(module.__file__).read_text()).body if isinstance(n, ast.FunctionDef)}
+    todo, done, used = list(functions), set(), set()
+    while todo:
+        name = todo.pop()
+        if name in tree and name not in done:
+            done.add(name)
+            todo += [n.id for n in ast.walk(tree[name]) if isinstance(n, ast.Name)]
+        elif getattr(getattr(common, name, module), "__module__", "common") == "common" and not isinstance(getattr(common, name, module), ModuleType) \
+                and name[0] != "_":
+            used.add(name)
+    return used
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_what_a_copy_takes_along(name):
+    """The table's third column is what the losses in the second really use."""
+    row, = [line for line in README.splitlines() if line.startswith(f"| `{name}.py` | `")]
+    losses, needed = (re.findall(r"`(\w+)`", cell) for cell in row.split("|")[2:4])
+    assert all(hasattr(SCRIPTS[name], f) for f in losses)
+    assert names_used(SCRIPTS[name], losses) == set(needed)
+
+
+def test_numbers_of_lines():
+    """The table of methods says how long each script is."""
+    for name, module in SCRIPTS.items():
+        row, = [line for line in README.splitlines() if line.startswith("| ") and f"[`{name}.py`]" in line]
+        assert f"| {len(Path(module.__file__).read_text().splitlines())} |" in row
