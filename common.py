@@ -1526,14 +1526,11 @@ def image_metrics(cfg, data, samplers):
     return out
 
 
-def report(run, data, teacher, draw, extra=dict, **more):
-    """
-    Measure the finished student draw(n, label) -> x and what extra() -> {name: value} adds, write metrics.json, with `more`
-    in it, print figures and where things are; returns them.
-    """
+def report(run, data, teacher, draw, **more):
+    """Measure the finished student draw(n, label) -> x, write metrics.json, with `more` in it, print figures and where things are."""
     cfg, start = run.cfg, time.time()
     if rank():                                              # the first process measures
-        return {}
+        return
     with torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):
         torch.manual_seed(cfg.seed)
         if cfg.data in TOYS:
@@ -1551,13 +1548,10 @@ def report(run, data, teacher, draw, extra=dict, **more):
             line = ", ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{k}: {v}" for k, v in metrics.items())
         else:
             metrics, line = {}, "no FID was measured; --fid FILE does it"
-        added = extra()
-        metrics, line = metrics | added | more, ", ".join([line, *(f"{k} {v:.5f}" for k, v in added.items())])
-    run.finish(metrics)
+    run.finish(metrics | more)
     print(f"{run.dir}/samples.png   more samples: python {run.script}.py --sample {run.dir} --samples 64")
     print(f"{run.script} {cfg.data} seed {cfg.seed}, {run.step} steps in {run.seconds:.0f} s (+ {time.time() - start:.0f} s to measure), "
           f"peak memory {run.peak:.1f} GiB: {line}")
-    return metrics
 
 
 # ---- 8. pictures -----------------------------------------------------------------------------------------------------

@@ -472,15 +472,13 @@ def train(cfg):
             run.show({**panels, f"{cfg.loss}, {cfg.nfe} network call{'s' * (cfg.nfe > 1)}":
                       sample(ema.model, len(z_show), label_show, cfg.nfe, z_show)})
 
-    def extra():
-        out = {}
-        if teacher:                                         # against the end points of the teacher's own ODE
-            x = sample(ema.model, len(z_show), label_show, 1, z_show)
-            out["paired"] = (x - list(panels.values())[1]).square().mean().sqrt().item()
-        if cfg.data in TOYS:
-            out["H_2_steps"] = energy_coefficient(sample(ema.model, cfg.samples, steps=2), data.sample(cfg.samples)[0])
-        return out
-    report(run, data, teacher, lambda n, label: sample(ema.model, n, label, cfg.nfe), extra)
+    more = {}
+    if teacher:                                             # root mean square distance to the end points of the teacher's own ODE
+        more["paired"] = (sample(ema.model, len(z_show), label_show, 1, z_show) - list(panels.values())[1]).square().mean().sqrt().item()
+    if cfg.data in TOYS:
+        more["H_2_steps"] = energy_coefficient(sample(ema.model, cfg.samples, steps=2), data.sample(cfg.samples)[0])
+    print(", ".join(f"{name} {v:.5f}" for name, v in more.items()))
+    report(run, data, teacher, lambda n, label: sample(ema.model, n, label, cfg.nfe), **more)
     return ema.model, run
 
 

@@ -1,8 +1,10 @@
 """common.py against closed forms: mixtures, noise levels, sampler, networks, metrics, data files, command line."""
 import dataclasses
+import importlib
 import io
 import json
 import math
+import re
 import tarfile
 
 import numpy as np
@@ -379,17 +381,19 @@ def test_bad_flags(flags, words):
     assert code == 2 and words in err and err.count("\n") == 1 and err.startswith("fdistill.py: "), err
 
 
-def test_help(capsys, monkeypatch):
+@pytest.mark.parametrize("script", ["fdistill", "dmd", "sim", "consistency", "rectflow"])
+def test_help(script, capsys, monkeypatch):
     """-h shows every flag with help and the default for the chosen data, in 80 columns."""
+    module = importlib.import_module(script)
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as e:
-        parse(fdistill.Config, {**fdistill.PRESETS, "grid": dict(steps=77)}, ["--data", "grid", "-h"])
+        parse(module.Config, {**module.PRESETS, "grid": dict(steps=77)}, ["--data", "grid", "-h"])
     out = capsys.readouterr().out
-    assert e.value.code == 0 and "student updates [77]" in " ".join(out.split()) and max(map(len, out.splitlines())) <= 80
-    for f in dataclasses.fields(fdistill.Config):
-        assert f"--{f.name}" in out
-    empty = sum(f.default == "" for f in dataclasses.fields(fdistill.Config))
-    assert out.count("]\n") >= len(dataclasses.fields(fdistill.Config)) - empty
+    text = " ".join(out.split())
+    assert e.value.code == 0 and "student updates [77]" in text and max(map(len, out.splitlines())) <= 80
+    for f in dataclasses.fields(module.Config):
+        default = "" if f.default == "" or f.name == "steps" else f" [{f.default}]"
+        assert re.search(rf"--{f.name}\b.{{10,}}?{re.escape(default)}", text), f.name
 
 
 # ---- run folder ----
