@@ -22,7 +22,7 @@ give: the mixture may be right where the last call is not (4 steps on the grid: 
 end 0.0002).  6. One EMA; the learning rate falls to 0 over the last half; Adam with betas (0, 0.99), no weight decay.
 
     python dmd.py                                       # ring of 8 Gaussians: about 65 s on one CPU core, H about 0.0001
-    python dmd.py --variant vsd --out runs/vsd          # the same without data: about 40 s, H about 0.0004
+    python dmd.py --variant vsd --out runs/vsd          # the same without data: about 30 s, H 0.0002 to 0.0008
     python dmd.py --data cifar10 --dtype bf16 --teacher edm-cifar10-32x32-cond-vp.pkl              # full size, FastGen's
     python dmd.py --data imagenet64 --dtype bf16 --teacher edm-imagenet-64x64-cond-adm.pkl         # and DMD2's settings: not yet run
 """
