@@ -1579,11 +1579,14 @@ def save_picture(path, panels, reach=None):
     write_atomically(path, lambda f: figure.savefig(f, format="png", dpi=130))
 
 
+SHOWN = 64                                          # images in a picture
+
+
 def gallery(cfg, data, teacher, n=None):
     """(panels, z, label): pictures of data and teacher samples (if any), and the fixed latents for the student's panel beside them."""
     device = pick_device(cfg)
     large = device.type == "cpu" and teacher is not None and sum(p.numel() for p in teacher.parameters()) > 10**7       # a second a call and image
-    n = n or (5000 if cfg.data in TOYS else 1 if large else 64)
+    n = n or (5000 if cfg.data in TOYS else 1 if large else SHOWN)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         x, label = data.sample(n)

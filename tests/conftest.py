@@ -47,8 +47,10 @@ def pytest_sessionfinish(session):
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch, tmp_path):
-    """Every test starts from seed 0 in a folder of its own."""
+    """Every test starts from seed 0 in a folder of its own; pictures of images have 9 of them."""
+    import common
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(common, "SHOWN", 9)
     torch.manual_seed(0)
 
 

@@ -67,6 +67,8 @@ def test_budget(monkeypatch):
     monkeypatch.setattr(common, "time", SimpleNamespace(time=lambda: clock[0]))
     monkeypatch.setattr(common.EMA, "update", second)
     monkeypatch.setattr(fdistill, "lr_factor", spy)
+    for module in (fdistill, consistency, rectflow):                # 5000 teacher samples in each picture take the longest
+        monkeypatch.setattr(module, "gallery", lambda *a: common.gallery(*a, n=100))
     flags = dict(budget="20s", batch=16, samples=64, every=2, out="run")
     with pytest.raises(PowerCut):
         fdistill.train(fdistill.Config(**flags))
