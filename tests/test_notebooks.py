@@ -2,6 +2,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -37,3 +38,5 @@ def test_form(name):
     assert not any(line.startswith(("%", "!")) for c in code for line in "".join(c["source"]).splitlines())
     assert not any(o["output_type"] == "error" for c in code for o in c["outputs"])
     assert "Exercises" in "".join(book["cells"][-1]["source"]) and "\nSTEPS = " in "".join(code[0]["source"])
+    pictures = re.findall(r"!\[.*?\]\((\S+?)\)", "".join("".join(c["source"]) for c in book["cells"] if c["cell_type"] == "markdown"))
+    assert all((ROOT / "notebooks" / p).exists() for p in pictures)

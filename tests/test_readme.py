@@ -98,3 +98,9 @@ def test_numbers_of_lines():
     for name, module in SCRIPTS.items():
         row, = [line for line in README.splitlines() if line.startswith("| ") and f"[`{name}.py`]" in line]
         assert f"| {len(Path(module.__file__).read_text().splitlines())} |" in row
+
+
+def test_links():
+    """Every picture and file that README points to is there."""
+    targets = [t for t in re.findall(r"\]\(([^)#\s]+)\)", README) if not t.startswith("http")]
+    assert len(targets) > 5 and all((ROOT / t).exists() for t in targets), [t for t in targets if not (ROOT / t).exists()]
