@@ -11,8 +11,14 @@ import pytest
 from conftest import ROOT
 
 NOTEBOOKS = sorted(p.name for p in (ROOT / "notebooks").glob("*.ipynb"))
-SMALL = "import json, re, sys; book = json.load(open(sys.argv[1])); code = [c for c in book['cells'] if c['cell_type'] == 'code']\n" \
-        "for c in code: c['source'] = re.sub(r'^(STEPS|FIT) = \\d+', r'\\1 = 20', ''.join(c['source']), flags=re.M)\n"
+SMALL = """
+import json, re, sys
+book = json.load(open(sys.argv[1]))
+code = [c for c in book['cells'] if c['cell_type'] == 'code']
+for c in code:
+    c['source'] = re.sub(r'^(STEPS|FIT) = \\d+', r'\\1 = 20', ''.join(c['source']), flags=re.M)
+code[0]['source'] = "import sys; sys.path[:0] = ['..']; import common; common.gallery.__defaults__ = (100,)\\n" + code[0]['source']
+"""                                                             # few updates, and few of the teacher's samples in each run's picture
 EXEC = SMALL + "import matplotlib; matplotlib.use('Agg'); names = {}\nfor c in code: exec(c['source'], names)"
 KERNEL = SMALL + "import nbclient, nbformat; nbclient.NotebookClient(nbformat.from_dict(book), timeout=240, kernel_name='python3').execute()"
 JUPYTER = all(importlib.util.find_spec(name) for name in ("nbclient", "ipykernel"))
