@@ -1,7 +1,8 @@
 """
 Two of README's pictures.
 
-    python tests/figures.py strip RUNS OUT.png      # data and one call of the five students in RUNS/<script>-<toy>-0, as STRIP names them
+    python tests/figures.py strip RUNS OUT.png      # data and one call of the five students in RUNS/<script>-<toy>-0, as STRIP
+                                                    # names them (consistency.py with --loss scd)
     python tests/figures.py scott OUT.png           # consistency.py --loss scott on the ring for four --eta: about 6 minutes of one core
 """
 import sys
@@ -18,7 +19,7 @@ import rectflow
 import sim
 from common import TOYS, load_denoiser, save_picture, toy_metrics, write_atomically
 
-STRIP = dict(fdistill="checkerboard", dmd="moons", sim="spiral", consistency="unequal", rectflow="ring")
+STRIP = dict(fdistill="ring", dmd="moons", sim="spiral", consistency="unequal", rectflow="ring")
 SCRIPTS = dict(fdistill=fdistill, dmd=dmd, sim=sim, consistency=consistency, rectflow=rectflow)
 
 
@@ -29,9 +30,10 @@ def strip(runs, out):
     for (name, toy), (above, below) in zip(STRIP.items(), figure.subplots(2, 5).T):
         student = load_denoiser(Path(runs) / f"{name}-{toy}-0", SCRIPTS[name].Config(data=toy, device="cpu"))
         x, data = SCRIPTS[name].sample(student, 6000), TOYS[toy].sample(6000)[0]
+        reach = 1.1 * data.abs().max()
         for ax, points, color, title in ((above, data, "black", f"data: {toy}"), (below, x, "#0072b2", f"{name}.py, one call")):
             ax.scatter(*points.T, s=1, alpha=0.35, color=color, linewidths=0, rasterized=True)
-            ax.set(xlim=(-1.5, 1.5), ylim=(-1.5, 1.5), aspect="equal", xticks=[], yticks=[])
+            ax.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal", xticks=[], yticks=[])
             ax.set_title(title, fontsize=10)
     write_atomically(out, lambda f: figure.savefig(f, format="png", dpi=80))
 
