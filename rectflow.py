@@ -330,7 +330,7 @@ def train(cfg):
     plan = dict(chain=["flow"] * (not cfg.teacher) + ["reflow"] * cfg.rounds + ["distill"], reflow=["reflow"] * cfg.rounds,
                 slim=["anneal", "guided"]).get(cfg.stage, [cfg.stage])
     out = cfg.out or f"runs/rectflow-{cfg.data}-{cfg.seed}" + f"-{cfg.stage}" * (cfg.stage != "chain")
-    teacher, budget = cfg.teacher, f"{duration(cfg.budget) / len(plan):g}s" if cfg.budget else ""
+    teacher, budget = cfg.teacher, f"{duration(cfg.budget) / len(plan):.2f}s" if cfg.budget else ""
     for i, stage in enumerate(plan):
         number = str(plan[:i + 1].count(stage)) * (plan.count(stage) > 1)
         part = replace(cfg, stage=stage, teacher=teacher, budget=budget, out=out if i == len(plan) - 1 else f"{out}-{stage}{number}",
