@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from conftest import ROOT, PowerCut, main_in_process        # first: it puts the scripts on the path
+from conftest import ROOT, PowerCut, run        # first: it puts the scripts on the path
 import common
 import consistency
 import dmd
@@ -99,17 +99,18 @@ def test_two_processes_equal_one(tmp_path, monkeypatch):
         assert len((one / name / "log.csv").read_text().splitlines()) == len((two / name / "log.csv").read_text().splitlines()) == 3
 
 
+@pytest.mark.background
 def test_a_killed_process_ends_the_run(tmp_path):
     """torchrun, one process killed while training: one clear sentence, a whole checkpoint, and one process can go on."""
     flags = ["--steps", "4000", "--teacher_steps", "5", "--batch", "16", "--samples", "64", "--every", "20", "--width", "16"]
     flags += ["--out", "run"]
-    err = open("err", "w")
+    err = open(tmp_path / "err", "w")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "fdistill.py"), *flags]
     torchrun = subprocess.Popen(command, cwd=tmp_path, env=dict(os.environ, **ENV), stdout=subprocess.DEVNULL, stderr=err, text=True)
     try:
         end = time.time() + 120
-        while not Path("run/last.pt").exists():
-            assert torchrun.poll() is None and time.time() < end, Path("err").read_text()
+        while not (tmp_path / "run/last.pt").exists():
+            assert torchrun.poll() is None and time.time() < end, (tmp_path / "err").read_text()
             time.sleep(0.05)
         children = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
         victim, = [int(c) for c in children if b"\0RANK=1\0" in Path(f"/proc/{c}/environ").read_bytes()]
@@ -118,14 +119,15 @@ def test_a_killed_process_ends_the_run(tmp_path):
     finally:
         torchrun.kill()
         torchrun.wait(), err.close()
-    said = [line for line in re.split(r"[\r\n]", Path("err").read_text()) if "fdistill.py: " in line]
+    said = [line for line in re.split(r"[\r\n]", (tmp_path / "err").read_text()) if "fdistill.py: " in line]
     assert len(said) == 1 and "another process of this run died" in said[0] and "--resume" in said[0]
-    step = torch.load("run/last.pt", weights_only=True)["step"]
-    assert step % 20 == 0 and not list(Path("run").rglob("*.part"))
+    step = torch.load(tmp_path / "run/last.pt", weights_only=True)["step"]
+    assert step % 20 == 0 and not list((tmp_path / "run").rglob("*.part"))
     flags[1] = str(step)                                    # nothing left to do but to measure: a quick end
-    Path("run/config.json").write_text(Path("run/config.json").read_text().replace('"steps": 4000', f'"steps": {step}'))
-    code, err = main_in_process(fdistill, *flags, "--resume")
-    assert code == 0 and Path("run/metrics.json").exists(), err
+    config = tmp_path / "run/config.json"
+    config.write_text(config.read_text().replace('"steps": 4000', f'"steps": {step}'))
+    code, _, err = run("fdistill.py", *flags, "--resume", cwd=tmp_path)
+    assert code == 0 and (tmp_path / "run/metrics.json").exists(), err
 
 
 @pytest.mark.parametrize("batch, micro, sentence", [(15, 0, "--batch 15 does not divide into 2 processes"),

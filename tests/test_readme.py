@@ -1,8 +1,11 @@
 """README as a newcomer reads it: every command runs (at small size), the example is a method, the tables are true."""
 import ast
 import importlib
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -27,27 +30,19 @@ COMMANDS = re.findall(r"^    (?:pip install -r requirements.txt && )?python (\w+
 SMALL = "--steps 2 --teacher_steps 2 --batch 16 --micro 0 --samples 4 --every 2".split()
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """The folder in which the commands run one after the other, with all that they name, tiny: data, EDM's checkpoints, FID's network."""
-    folder = tmp_path_factory.mktemp("readme")
-    write_cifar(folder / "data/cifar-10-batches-bin", n=8)
-    (folder / "DIR").mkdir()
-    write_batches(folder / "DIR", [8])
-    torch.jit.script(TinyInception()).save(str(folder / "data/inception-2015-12-05.pt"))
+def build_world():
+    """What the commands name, tiny, in the working folder: data sets, checkpoints in EDM's format, the FID network."""
+    write_cifar(Path("data/cifar-10-batches-bin"), n=8)
+    Path("DIR").mkdir()
+    write_batches(Path("DIR"), [8])
+    torch.jit.script(TinyInception()).save("data/inception-2015-12-05.pt")
     for name, net in (("cifar10-32x32-cond-vp", UNet.ddpmpp(label_dim=10, width=4, blocks=1)), ("imagenet-64x64-cond-adm", UNet.adm(width=4, blocks=1))):
-        (folder / f"edm-{name}.pkl").write_bytes(edm_bytes(net.state_dict()))
-    return folder
+        Path(f"edm-{name}.pkl").write_bytes(edm_bytes(net.state_dict()))
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda c: c.split("  ")[0])
-def test_command(command, world, monkeypatch):
-    """As it stands there, after those above it; only flags that make it small come last."""
-    monkeypatch.chdir(world)
+def run_command(command):
+    """As it stands in README; only flags that make it small come last."""
     script, *args = shlex.split(command, comments=True)
-    real = common.heun_sample
-    for module in (common, dmd, rectflow):                  # the teacher's own samples, in the picture and in pairs, take the longest
-        monkeypatch.setattr(module, "heun_sample", lambda D, z, label=None, steps=18, *a, **kw: real(D, z, label, min(steps, 2), *a, **kw))
     small, toy = list(SMALL), "cifar10" not in args and "imagenet64" not in args
     if script == "common.py":
         module, small, args = SimpleNamespace(__name__="common", main=common.main, Config=common.Sampling, PRESETS=common.SAMPLING,
@@ -56,17 +51,23 @@ def test_command(command, world, monkeypatch):
     elif script == "regress.py":                            # the example of a new method, out of README itself
         example, = [block for block in re.findall(r"```python\n(.*?)```", README, re.S) if '"regress"' in block]
         Path(script).write_text(example)
-        monkeypatch.syspath_prepend(str(world))
+        sys.path.insert(0, ".")
         module = importlib.import_module("regress")
     else:
         module = SCRIPTS[script[:-3]]
     small += ["--pairs", "16"] * (script == "rectflow.py") + ["--fid_ref", "16"] * ("--fid" in args) + ["--budget", "1s"] * ("--budget" in args)
     small += [] if toy else ["--batch", "2", "--fake_updates", "1"]
     small += ["--net", "small", "--width", "4"] * (not toy and "--teacher" not in args)
-    small += ["--data_dir", "DIR"] * ("imagenet64" in args and "--data_dir" not in args)
     small = ["--samples", "4"] if "--sample" in args else small
-    code, err = main_in_process(module, *args, *small, "--device", "cpu", "--dtype", "fp32")
-    assert code == 0, err
+    return main_in_process(module, *args, *small, "--device", "cpu", "--dtype", "fp32")
+
+
+@pytest.mark.background
+def test_commands(tmp_path):
+    """Every command of README, one after the other in one folder, with the few files that they name."""
+    assert len(COMMANDS) > 15
+    p = subprocess.run([sys.executable, __file__], cwd=tmp_path, env=dict(os.environ, OMP_NUM_THREADS="1"), capture_output=True, text=True, timeout=240)
+    assert p.returncode == 0, p.stdout + p.stderr
 
 
 def names_used(module, functions):
@@ -104,3 +105,13 @@ def test_links():
     """Every picture and file that README points to is there."""
     targets = [t for t in re.findall(r"\]\(([^)#\s]+)\)", README) if not t.startswith("http")]
     assert len(targets) > 5 and all((ROOT / t).exists() for t in targets), [t for t in targets if not (ROOT / t).exists()]
+
+
+if __name__ == "__main__":
+    common.SHOWN, real = 4, common.heun_sample
+    for module in (common, dmd, rectflow):                  # the teacher's own samples, in the picture and in pairs, take the longest
+        module.heun_sample = lambda D, z, label=None, steps=18, *a, **kw: real(D, z, label, min(steps, 2), *a, **kw)
+    build_world()
+    for command in COMMANDS:
+        code, err = run_command(command)
+        assert code == 0, f"{command}: {err}"

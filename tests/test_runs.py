@@ -268,6 +268,7 @@ def test_imports(script):
     assert names - set(sys.stdlib_module_names) <= {"torch", "numpy", "matplotlib", "tqdm", "common"} - {script[:-3]}
 
 
+@pytest.mark.background
 def test_import_does_no_work(tmp_path):
     """Importing a script prints nothing, writes nothing and leaves the random generator alone."""
     code = "import torch; a = torch.get_rng_state(); import fdistill, dmd, sim, consistency, rectflow; assert torch.equal(a, torch.get_rng_state())"
