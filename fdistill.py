@@ -22,7 +22,7 @@ equal in sigma, and 64 % of the draws fall into the first.  4. Both normalisatio
 the last half, the critic's to a tenth.  7. Adam with betas (0, 0.99) instead of AdamW with (0.9, 0.999) and weight decay; no
 R1 penalty (paper: 1 on CIFAR-10, code: 0), no gradient clipping.  8. Noise levels are continuous, not 1000 steps.
 
-    python fdistill.py                                  # ring of 8 Gaussians: about 50 s on 2 CPU cores, H about 0.0001
+    python fdistill.py                                  # ring of 8 Gaussians: about 48 s on a CPU core, H about 0.0001
     python fdistill.py --data cifar10 --dtype bf16 --teacher edm-cifar10-32x32-cond-vp.pkl         # the paper's settings,
     python fdistill.py --data imagenet64 --dtype bf16 --teacher edm-imagenet-64x64-cond-adm.pkl    # full size: not yet run
 """
