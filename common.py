@@ -82,7 +82,8 @@ def parse(Config, PRESETS, argv=None):
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)         # only to learn --data, for its defaults
     first.add_argument("--data", nargs="?", default=Config.data)
     preset = PRESETS.get(first.parse_known_args(argv)[0].data, {})
-    p = _Parser(allow_abbrev=False, usage="%(prog)s [--flag value] ...", description=(sys.modules[Config.__module__].__doc__ or "").strip().split("\n")[0])
+    p = _Parser(allow_abbrev=False, usage="%(prog)s [--flag value] ...",
+                description=(sys.modules[Config.__module__].__doc__ or "").strip().split("\n")[0])
     groups = [p.add_argument_group("flags of this method"), p.add_argument_group("flags that every script has")]
     for f in dataclasses.fields(Config):
         default, note = preset.get(f.name, f.default), notes.get(f.name, "")
@@ -148,7 +149,7 @@ def main(Config, PRESETS, train, sample):
     join_processes()
     cfg = parse(Config, PRESETS)
     if cfg.data in TOYS and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)                            # its matrices are small: two threads on two virtual cores took 1.5 to 2 times as long
+        torch.set_num_threads(1)                            # small matrices: two threads won a tenth of the time alone, lost half beside other work
     try:
         if not cfg.sample:
             train(cfg)
@@ -376,7 +377,8 @@ def _converted(where, shape, classes):
     except UserError:
         raise
     except Exception as e:          # whatever numpy, zipfile and the PNG reader meet in a damaged file, or a full disk
-        raise UserError(f"{where}: could not read or convert its images ({type(e).__name__}: {(str(e).splitlines() or [''])[0]}); get a damaged file again")
+        why = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"
+        raise UserError(f"{where}: could not read or convert its images ({why}); get a damaged file again")
 
 
 def _npz_rows(path, shape, classes, part=8192):
@@ -1491,7 +1493,8 @@ def fid_reference(cfg):
             raise ValueError(f"mu has shape {tuple(mean.shape)}, sigma {tuple(cov.shape)}")
         return mean, cov
     except Exception as e:          # whatever numpy meets in a foreign file
-        raise UserError(f"--fid_ref {cfg.fid_ref} is neither a number of training images nor an .npz with EDM's mu and sigma ({(str(e).splitlines() or [''])[0]})")
+        why = (str(e).splitlines() or [""])[0]
+        raise UserError(f"--fid_ref {cfg.fid_ref} is neither a number of training images nor an .npz with EDM's mu and sigma ({why})")
 
 
 def image_metrics(cfg, data, samplers):
@@ -1522,7 +1525,8 @@ def image_metrics(cfg, data, samplers):
         fake = torch.cat(keep)[:10000]
         k = min(len(real), len(fake))
         precision, recall = precision_recall(real[:k], fake[:k])
-        out |= {f"{fid_name(cfg.samples)}_{name}_{who}": fid, f"{fid_name(k, 'precision')}_{who}": precision, f"{fid_name(k, 'recall')}_{who}": recall}
+        out |= {f"{fid_name(cfg.samples)}_{name}_{who}": fid, f"{fid_name(k, 'precision')}_{who}": precision,
+                f"{fid_name(k, 'recall')}_{who}": recall}
     return out
 
 
@@ -1910,7 +1914,8 @@ class Run:
             import resource
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
         self.peak = peak
-        about = dict(step=self.step, train_seconds=round(self.seconds, 1), peak_gib=round(peak, 2), processes=processes(), device=str(self.device), torch=torch.__version__)
+        about = dict(step=self.step, train_seconds=round(self.seconds, 1), peak_gib=round(peak, 2), processes=processes(),
+                     device=str(self.device), torch=torch.__version__)
         write_atomically(self.dir / "metrics.json", lambda f: f.write(json.dumps({**metrics, **about}, indent=1).encode()))
         self.release()
 
@@ -1965,7 +1970,8 @@ def sample_teacher(cfg):
     save_picture(folder / "samples.png", {f"{how.replace('_', ' ')}, {2 * cfg.heun - 1} network calls": x})
     write_atomically(folder / "samples.npy", lambda f: np.save(f, x.cpu().numpy()))
     write_atomically(folder / "metrics.json", lambda f: f.write(json.dumps(metrics, indent=1).encode()))
-    print(f"{folder}/samples.png, samples.npy, metrics.json: " + ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k}: {v}" for k, v in metrics.items()))
+    figures = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k}: {v}" for k, v in metrics.items())
+    print(f"{folder}/samples.png, samples.npy, metrics.json: {figures}")
 
 
 if __name__ == "__main__":

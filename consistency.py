@@ -22,16 +22,15 @@ ctm, meanflow and boot see a second time s, as further inputs beside the label: 
 boot learns jumps from pure noise alone, so its second network call does not help.
 
 Differences from the papers and their code: 1. The boundary is at sigma 0 for all (as in ECT); 2303.01469 shifts c_skip and
-c_out by sigma_min. The teacher's last step to 0 is Euler's.  2. No LPIPS. On toys cd and scott
-take 8 steps (at 300 updates 18 are worse), cd the squared error (ring: H 0.0006; pseudo-Huber 0.0009), scott, whose targets are
-random, pseudo-Huber (0.0015; squared error 0.0025).  3. ct's curriculum
-ends at 160 steps on toys; there is no RAdam, Adam's betas are 0.9, 0.99.  4. sCM's F is read off the denoiser, with EDM's
-c_noise ln(sigma) / 4 for t; the tangent is computed in fp32, its norm is over a whole sample, and no 1 / tan t multiplies
-the loss again; levels outside sigma_min .. sigma_max go to the ends.  5. ctm takes one solver step instead of several, its
-outer map is the student held fixed, not an EMA; squared error; no GAN, and a fixed weight for the denoising term.
-6. meanflow distils the teacher's velocity; the paper trains on that of data.  7. boot works in sigma, where x_T = T eps
-makes the paper's boundary condition the first slope; its jump is Phi, not y.  8. scott has no GAN.  9. sprint's student is
-updated together with each update of the discriminator's head.  10. The rate falls to 0 over the last half.
+c_out by sigma_min. The teacher's last step to 0 is Euler's. 2. No LPIPS. On toys cd and scott take 8 steps (at 300 updates 18
+are worse), cd the squared error (ring: H 0.0006; pseudo-Huber 0.0009), scott, whose targets are random, pseudo-Huber (0.0015;
+squared error 0.0025). 3. ct's curriculum ends at 160 steps on toys; there is no RAdam, Adam's betas are 0.9, 0.99. 4. sCM's F
+is read off the denoiser, with EDM's c_noise ln(sigma) / 4 for t; the tangent is computed in fp32, its norm is over a whole
+sample, and no 1 / tan t multiplies the loss again; levels outside sigma_min .. sigma_max go to the ends. 5. ctm takes one
+solver step instead of several, its outer map is the student held fixed, not an EMA; squared error; no GAN, and a fixed weight
+for the denoising term. 6. meanflow distils the teacher's velocity; the paper trains on that of data. 7. boot works in sigma,
+where x_T = T eps makes the paper's boundary condition the first slope; its jump is Phi, not y. 8. scott has no GAN. 9. sprint's
+student is updated together with each update of the discriminator's head. 10. The rate falls to 0 over the last half.
 
     python consistency.py                               # cd on a ring of 8 Gaussians
     python consistency.py --loss scd --nfe 2            # another member; metrics and picture with two network calls
@@ -65,9 +64,10 @@ AUTO = {
 }
 # The papers' for images, which go before: cd's levels and rate of 2303.01469 (mid is sigma 1.382), ct's of iCT, the others' of ECT and sCM
 IMAGE_AUTO = {
-    "cifar10": {"cd": dict(N=18, c=0.0, mid=2.76, lr=4e-4), "scott": dict(N=18, c=0.0, lr=4e-4), "ctm": dict(lr=4e-4), "ct": dict(N=1280)},
-    "imagenet64": {"cd": dict(N=40, c=0.0, mid=2.76, lr=8e-6), "scott": dict(N=40, c=0.0, lr=8e-6), "ctm": dict(N=39), "ct": dict(N=1280, mid=3.05),
-                   "ect": dict(mid=3.05), "scd": dict(lr=7e-5), "sct": dict(lr=7e-5), "sprint": dict(lr=7e-5)},
+    "cifar10": {"cd": dict(N=18, c=0.0, mid=2.76, lr=4e-4), "scott": dict(N=18, c=0.0, lr=4e-4), "ctm": dict(lr=4e-4),
+                "ct": dict(N=1280)},
+    "imagenet64": {"cd": dict(N=40, c=0.0, mid=2.76, lr=8e-6), "scott": dict(N=40, c=0.0, lr=8e-6), "ctm": dict(N=39),
+                   "ct": dict(N=1280, mid=3.05), "ect": dict(mid=3.05), **{loss: dict(lr=7e-5) for loss in ("scd", "sct", "sprint")}},
 }
 SECOND_TIME = ("ctm", "meanflow", "boot")
 TANGENT = ("scd", "sct", "sprint")              # sCM and what builds on it
@@ -115,7 +115,7 @@ PRESETS = {
     "cifar10": dict(net="ddpmpp", teacher_steps=100_000, steps=800_000, batch=512, ema=0.9999, sigma_min=0.002,
                     sigma_max=80.0, p_mean=-1.1, p_std=2.0, every=10_000, samples=50_000),
     # The same sources for ImageNet-64 (2303.01469's cd has --target_ema 0.95). It wants --teacher edm-imagenet-64x64-cond-adm.pkl;
-    # --micro 16 is for 80 GB by README's memory table, with room for a derivative forward. Not yet run.
+    # --micro 16 is a guess for 80 GB, less than sim.py's 26 there: derivatives forward want room. Not yet run.
     "imagenet64": dict(net="adm", cond=True, steps=600_000, batch=2048, micro=16, ema=0.999943, sigma_min=0.002, sigma_max=80.0,
                        p_mean=-0.8, p_std=1.6, every=10_000, samples=50_000),
 }
@@ -478,7 +478,8 @@ def train(cfg):
         more["paired"] = (sample(ema.model, len(z_show), label_show, 1, z_show) - list(panels.values())[1]).square().mean().sqrt().item()
     if cfg.data in TOYS:
         more["H_2_steps"] = energy_coefficient(sample(ema.model, cfg.samples, steps=2), data.sample(cfg.samples)[0])
-    print(", ".join(f"{name} {v:.5f}" for name, v in more.items()))
+    if more:
+        print(", ".join(f"{name} {v:.5f}" for name, v in more.items()))
     report(run, data, teacher, lambda n, label: sample(ema.model, n, label, cfg.nfe), **more)
     return ema.model, run
 

@@ -112,6 +112,6 @@ if __name__ == "__main__":
     for module in (common, dmd, rectflow):                  # the teacher's own samples, in the picture and in pairs, take the longest
         module.heun_sample = lambda D, z, label=None, steps=18, *a, **kw: real(D, z, label, min(steps, 2), *a, **kw)
     build_world()
-    for command in COMMANDS:
+    for command in [*COMMANDS, "regress.py --cond --out runs/labels", "regress.py --sample runs/labels", "regress.py --budget 1s --out runs/clock"]:
         code, err = run_command(command)
         assert code == 0, f"{command}: {err}"
