@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import bench_fid
 import common
 import sim
 from common import Images, Shared, UserError, load_data, precision_recall
@@ -218,6 +219,16 @@ def test_fid_against_a_file_and_training_images(tmp_path):
     for bad in ("nowhere.npz", "-3", "all", __file__):
         with pytest.raises(UserError, match="neither a number of training images nor"):
             common.check(dataclasses.replace(cfg, fid_ref=bad))
+
+
+def test_train_against_test_benchmark(tmp_path, capsys):
+    """tests/bench_fid.py: the first N images of the five training files, in order, against the first N of the test file."""
+    rows = torch.from_numpy(write_cifar(tmp_path / "data" / "cifar-10-batches-bin", n=20))[:, 1:].reshape(-1, 3, 32, 32)
+    Path("data/cifar-10-batches-bin/test_batch.bin").write_bytes(Path("data/cifar-10-batches-bin/data_batch_5.bin").read_bytes())
+    torch.jit.script(TinyInception()).save("tiny.pt")
+    stats = [common.feature_statistics(x, TinyInception()) for x in (rows[:10], rows[80:90])]
+    assert bench_fid.main("data", "tiny.pt", "10") == pytest.approx(common.frechet_distance(*stats[0], *stats[1]), rel=1e-9)
+    assert "10 training against 10 test images: FID" in capsys.readouterr().out
 
 
 def test_edms_reference_file(tmp_path, monkeypatch):
