@@ -50,23 +50,25 @@ from common import (EMA, IMAGES, TOYS, Block, Denoiser, Run, Shared, UserError, 
                     karras_sigmas, load_data, load_teacher, lr_factor, main, micro_batches, place, report, set_lr,
                     trigflow_from_denoiser, velocity_from_denoiser)
 
-# What a loss calls for where the flag is left at -1. mid is the second level of sampling, in units of the data's std.
+# What a loss calls for on toys where the flag is left at -1. mid is the second level of sampling, in units of the data's std: the
+# one with the lowest H of those tried for cd, ct, ect, scd, sct, ctm, for the others the papers'.
 AUTO = {
     "cd": dict(N=8, c=0.0, mid=0.7),
-    "ct": dict(N=160, mid=1.64),                # sigma 0.821
-    "ect": dict(mid=1.64),
-    "scd": dict(lr=5e-4, mid=1.96), "sct": dict(lr=5e-4, mid=1.96),     # t = 1.1; normalised tangents do not shrink: at
-    "sprint": dict(lr=5e-4, mid=1.56),                                  # 2e-3 scd has H 0.007, at 5e-4 0.0004. t = 1.0
+    "ct": dict(N=160, mid=1.0),
+    "ect": dict(mid=2.0),
+    "scd": dict(lr=5e-4, mid=2.4), "sct": dict(lr=5e-4, mid=1.2),       # normalised tangents do not shrink: at
+    "sprint": dict(lr=5e-4, mid=1.56),                                  # 2e-3 scd has H 0.007, at 5e-4 0.0004
     "scott": dict(N=8, c=0.03, mid=2.76),
-    "ctm": dict(N=18, c=0.0, mid=2.76),
+    "ctm": dict(N=18, c=0.0, mid=2.0),
     "meanflow": dict(mid=2.76),
     "boot": dict(N=18, c=0.0, mid=2.76),
 }
-# The papers' for images, which go before: cd's levels and rate of 2303.01469 (mid is sigma 1.382), ct's of iCT, the others' of ECT and sCM
+# The papers' for images, which go before: cd's levels and rate of 2303.01469 (sigma 1.382), ct's of iCT (0.821), the others' of
+# ECT and sCM (t = 1.1, SANA-Sprint's 1.0)
+IMAGE_MID = dict(cd=2.76, ct=1.64, ect=1.64, scd=1.96, sct=1.96, ctm=2.76)
 IMAGE_AUTO = {
-    "cifar10": {"cd": dict(N=18, c=0.0, mid=2.76, lr=4e-4), "scott": dict(N=18, c=0.0, lr=4e-4), "ctm": dict(lr=4e-4),
-                "ct": dict(N=1280)},
-    "imagenet64": {"cd": dict(N=40, c=0.0, mid=2.76, lr=8e-6), "scott": dict(N=40, c=0.0, lr=8e-6), "ctm": dict(N=39),
+    "cifar10": {"cd": dict(N=18, c=0.0, lr=4e-4), "scott": dict(N=18, c=0.0, lr=4e-4), "ctm": dict(lr=4e-4), "ct": dict(N=1280)},
+    "imagenet64": {"cd": dict(N=40, c=0.0, lr=8e-6), "scott": dict(N=40, c=0.0, lr=8e-6), "ctm": dict(N=39),
                    "ct": dict(N=1280, mid=3.05), "ect": dict(mid=3.05), **{loss: dict(lr=7e-5) for loss in ("scd", "sct", "sprint")}},
 }
 SECOND_TIME = ("ctm", "meanflow", "boot")
@@ -103,8 +105,10 @@ class Config(Shared):
     def __post_init__(self):
         shape = TOYS[self.data].shape if self.data in TOYS else IMAGES.get(self.data, [(1,)])[0]
         huber = 0.00054 * math.prod(shape) ** 0.5                       # iCT, Sec. 3.3
-        image = {} if self.data in TOYS else {"lr": 1e-4, **IMAGE_AUTO.get(self.data, {}).get(self.loss, {})}
-        for name, value in {"c": huber, "lr": 2e-3, **AUTO.get(self.loss, {}), **image, "sigma_init": self.sigma_max}.items():
+        values = {"c": huber, "lr": 2e-3, **AUTO.get(self.loss, {}), "sigma_init": self.sigma_max}
+        if self.data not in TOYS:
+            values |= {"lr": 1e-4, "mid": IMAGE_MID.get(self.loss, values.get("mid")), **IMAGE_AUTO.get(self.data, {}).get(self.loss, {})}
+        for name, value in values.items():
             if getattr(self, name) == -1:
                 setattr(self, name, value)
 
