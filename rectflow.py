@@ -442,32 +442,39 @@ def find_steps(cfg):
 
     # 1. the teacher's fine solutions: one set to search on, one to judge by
     start, test = noise(min(cfg.pairs, 5000)), noise(min(cfg.pairs, 5000))              # as many as BOSS takes
-    path, end = solve(teacher, start, range(FINE + 1)), solve(teacher, test, range(FINE + 1))[-1]
+    path = solve(teacher, test, range(FINE + 1))
+    fresh, end = boss_costs(path[:, :1000]), path[-1].clone()
+    path = solve(teacher, start, range(FINE + 1))
     few = tuple(a if a is None else a[:500] for a in start)                             # enough for the search
     costs, goal = boss_costs(path[:, :1000]), path[-1, -500:].flatten(1)
-    judge = lambda x: (float((x - end).square().mean()), energy_coefficient(x.flatten(1), end.flatten(1)))
+
+    def judge(D, found):
+        x = solve(D, test, found)[-1]
+        return dict(error=float((x - end).square().mean()), H_to_teacher=energy_coefficient(x.flatten(1), end.flatten(1)))
 
     # 2. knots by dynamic programming and by evolution, beside uniform ones
     knots, judged = {}, {}
     for k in range(2, 9):
         fitness = lambda found: energy_coefficient(solve(teacher, few, found)[-1].flatten(1), goal)
         for name, found in dict(uniform=uniform_knots(k), boss=boss_knots(costs, k), search=search_knots(fitness, k)).items():
-            knots[name, k], judged[name, k] = found, judge(solve(teacher, test, found)[-1])
-        print(f"{k} calls, error and H: " + "; ".join("{} {:.5f}, {:.5f}".format(n, *v) for (n, m), v in judged.items() if m == k))
+            along = float(sum(fresh[i, j] for i, j in pairwise(found)))                 # what BOSS minimises, on fresh paths
+            knots[name, k], judged[name, k] = found, dict(path_error=along, **judge(teacher, found))
+        print(f"{k} calls, error along the path, at its end, and H: "
+              + "; ".join(f"{n} {', '.join(f'{e:.5f}' for e in v.values())}" for (n, m), v in judged.items() if m == k))
     draw_knots(run.dir / "steps.png", knots, judged)
 
     # 3. samples with these calls, of the teacher or of a network straightened between them
     best, student = knots["boss", calls], teacher
     if cfg.straighten:
         student = straighten(run, teacher, data, path[best], start[1], [k / FINE for k in best])
-        judged["straightened", calls] = judge(solve(student, test, best)[-1])
-        print("{} calls, straightened: error {:.5f}, H {:.5f}".format(calls, *judged["straightened", calls]))
+        judged["straightened", calls] = judge(student, best)
+        print("{} calls, straightened: error at the end {error:.5f}, H {H_to_teacher:.5f}".format(calls, **judged["straightened", calls]))
     panels, z, label = gallery(cfg, data, teacher)
     run.show({**panels, f"{calls} uniform calls": solve(teacher, (z, label), uniform_knots(calls))[-1],
               f"BOSS's {calls} calls" + ", straightened" * cfg.straighten: solve(student, (z, label), best)[-1]})
     report(run, data, teacher, lambda n, label: solve(student, (noise(n)[0], label), best)[-1],
            **{f"knots_{name}_{k}": v for (name, k), v in knots.items()},
-           **{f"{what}_{name}_{k}": v for (name, k), pair in judged.items() for what, v in zip(("error", "H_to_teacher"), pair)})
+           **{f"{what}_{name}_{k}": v for (name, k), figures in judged.items() for what, v in figures.items()})
     return student, run
 
 
@@ -502,7 +509,7 @@ def draw_knots(path, knots, judged):
     for row, (name, colour) in enumerate(dict(uniform="#999999", boss="#0072b2", search="#d55e00").items()):
         for (_, k), found in ((key, found) for key, found in knots.items() if key[0] == name):
             left.plot([i / FINE for i in found[:-1]], [k + 0.2 * (row - 1)] * k, "o", markersize=3, color=colour)
-        right.semilogy(range(2, 9), [judged[name, k][0] for k in range(2, 9)], "o-", markersize=3, color=colour, label=name)
+        right.semilogy(range(2, 9), [judged[name, k]["error"] for k in range(2, 9)], "o-", markersize=3, color=colour, label=name)
     left.set(xlabel="t of the calls (0: noise, 1: data)", ylabel="calls")
     right.set(xlabel="calls", ylabel="squared error of the end point")
     right.legend()

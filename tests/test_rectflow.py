@@ -168,12 +168,15 @@ def test_boss_costs_and_knots():
 
 
 def test_boss_beats_uniform_on_fresh_noise():
-    """Exact ring: with knots from 200 noises, 2 to 8 Euler steps from 500 others end nearer to the ODE's solution than uniform ones."""
+    """Exact ring: with knots from 200 noises, 2 to 8 Euler steps from 500 others stay and end nearer to the ODE's solution than uniform ones."""
     solve = lambda z, knots: euler(TOYS["ring"], z, None, [k / FINE for k in knots], 20.0)
     path, z = solve(torch.randn(200, 2), range(FINE + 1)), torch.randn(500, 2)
-    costs, end = boss_costs(path), solve(z, range(FINE + 1))[-1]
-    error = lambda knots: (solve(z, knots)[-1] - end).square().mean()
+    other = solve(z, range(FINE + 1))
+    costs, fresh = boss_costs(path), boss_costs(other)
+    along = lambda knots: float(sum(fresh[i, j] for i, j in itertools.pairwise(knots)))
+    error = lambda knots: (solve(z, knots)[-1] - other[-1]).square().mean()
     for calls in range(2, 9):
+        assert along(boss_knots(costs, calls)) < 0.9 * along(uniform_knots(calls)), calls
         assert error(boss_knots(costs, calls)) < 0.9 * error(uniform_knots(calls)), calls
 
 
@@ -360,7 +363,8 @@ def test_slim_and_steps(monkeypatch):
     knots, z = metrics["knots_boss_4"], torch.randn(20, 2)
     want = euler(student, z, None, [k / FINE for k in knots], 20.0)[-1]
     torch.testing.assert_close(sample(saved, 20, steps=saved.steps, z=z), want, rtol=1e-4, atol=1e-5)
-    assert saved.steps == 4 and {f"error_{name}_{k}" for name in ("uniform", "boss", "search") for k in range(2, 9)} < set(metrics)
+    assert saved.steps == 4 and {f"{what}error_{name}_{k}" for what in ("", "path_")
+                                for name in ("uniform", "boss", "search") for k in range(2, 9)} < set(metrics)
     assert Path("steps/steps.png").exists() and metrics["error_straightened_4"] >= 0
 
 
