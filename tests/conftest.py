@@ -23,6 +23,11 @@ def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "ignore:.*torch.jit:DeprecationWarning")
 
 
+def pytest_collection_modifyitems(items):
+    """Those that run in the background are asked for their results last: nothing waits for them before."""
+    items.sort(key=lambda item: item.get_closest_marker("background") is not None)
+
+
 def pytest_collection_finish(session):
     """Tests marked `background` begin now, one after the other in a thread; they touch no global state, only their tmp_path."""
     session.pool, waiting = ThreadPoolExecutor(1), [item for item in session.items if item.get_closest_marker("background")]
