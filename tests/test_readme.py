@@ -56,7 +56,7 @@ def run_command(command):
     else:
         module = SCRIPTS[script[:-3]]
     small += ["--pairs", "16"] * (script == "rectflow.py") + ["--fid_ref", "16"] * ("--fid" in args) + ["--budget", "1s"] * ("--budget" in args)
-    small += [] if toy else ["--batch", "2", "--fake_updates", "1"]
+    small += [] if toy else ["--batch", "2"] + ["--fake_updates", "1"] * hasattr(module.Config, "fake_updates")
     small += ["--net", "small", "--width", "4"] * (not toy and "--teacher" not in args)
     small = ["--samples", "4"] if "--sample" in args else small
     return main_in_process(module, *args, *small, "--device", "cpu", "--dtype", "fp32")
