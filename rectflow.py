@@ -34,7 +34,7 @@ input beside it. For noisy input any denoiser is the teacher as it stands.  7. A
 clipping, constant EMA decay; the learning rate falls to 0 over the last half.
 
 What to expect on the ring (seed 0): one Euler step has H 0.34 before and 0.0002 after one reflow. Distilling the reflowed flow
-is ahead of distilling the curved one while updates are few (50: H 0.0002 against 0.0021), not after 1200 (ring: 0.00007
+is ahead of distilling the curved one while updates are few (50: H 0.0001 against 0.0021), not after 1200 (ring: 0.00007
 both; moons: 0.00020 against 0.00011): a map of the plane is learnt either way. Times are CPU seconds of a busy machine, with
 the measurement:
 
