@@ -19,7 +19,6 @@ teacher. Every loss compares f at two points of a path, the lower one held fixed
     boot      where the student itself says the path is    BOOT, 2306.05544; from noise alone, no data
 
 ctm, meanflow and boot see a second time s, as further inputs beside the label: Phi(x_t, t, s) = s/t x_t + (1 - s/t) g.
-boot learns jumps from pure noise alone, so its second network call does not help.
 
 Differences from the papers and their code: 1. The boundary is at sigma 0 for all (as in ECT); 2303.01469 shifts c_skip and
 c_out by sigma_min. The teacher's last step to 0 is Euler's. 2. No LPIPS. On toys cd and scott take 8 steps (at 300 updates 18
@@ -29,8 +28,11 @@ is read off the denoiser, with EDM's c_noise ln(sigma) / 4 for t; the tangent is
 sample, and no 1 / tan t multiplies the loss again; levels outside sigma_min .. sigma_max go to the ends. 5. ctm takes one
 solver step instead of several, its outer map is the student held fixed, not an EMA; squared error; no GAN, and a fixed weight
 for the denoising term. 6. meanflow distils the teacher's velocity; the paper trains on that of data. 7. boot works in sigma,
-where x_T = T eps makes the paper's boundary condition the first slope; its jump is Phi, not y. 8. scott has no GAN. 9. sprint's
-student is updated together with each update of the discriminator's head. 10. The rate falls to 0 over the last half.
+where x_T = T eps makes the paper's boundary condition the first slope; its jump is Phi, not y; half of its paths start where a
+further call does, from its own samples noised to --mid or below: with all from pure noise a second call made H ten times worse.
+8. scott has no GAN. 9. sprint's student is updated together with each update of the discriminator's head, which has a logit for
+each of two calls: half of its batch comes from the highest level, half from --mid, where the paper has a law of levels; with one
+logit the errors of one call could make up for those of the other. 10. The rate falls to 0 over the last half.
 
     python consistency.py                               # cd on a ring of 8 Gaussians
     python consistency.py --loss scd --nfe 2            # another member; metrics and picture with two network calls
@@ -47,25 +49,25 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import (EMA, IMAGES, TOYS, Block, Denoiser, Run, Shared, UserError, bcast, build, energy_coefficient, gallery, initial_student,
-                    karras_sigmas, load_data, load_teacher, lr_factor, main, micro_batches, place, report, set_lr,
+                    karras, karras_sigmas, load_data, load_teacher, lr_factor, main, micro_batches, place, report, set_lr,
                     trigflow_from_denoiser, velocity_from_denoiser)
 
-# What a loss calls for on toys where the flag is left at -1. mid is the second level of sampling, in units of the data's std: the
-# one with the lowest H of those tried for cd, ct, ect, scd, sct, ctm, for the others the papers'.
+# What a loss calls for on toys where the flag is left at -1. mid is the second level of sampling, in units of the data's std: where
+# H was lowest of the levels tried; for sprint, scott and meanflow the papers'.
 AUTO = {
     "cd": dict(N=8, c=0.0, mid=0.7),
     "ct": dict(N=160, mid=1.0),
-    "ect": dict(mid=2.0),
-    "scd": dict(lr=5e-4, mid=2.4), "sct": dict(lr=5e-4, mid=1.2),       # normalised tangents do not shrink: at
-    "sprint": dict(lr=5e-4, mid=1.56),                                  # 2e-3 scd has H 0.007, at 5e-4 0.0004
+    "ect": dict(mid=0.7),
+    "scd": dict(lr=2e-4, mid=1.0), "sct": dict(lr=2e-4, mid=1.0),       # normalised tangents do not shrink: scd
+    "sprint": dict(lr=2e-4, mid=1.56),                                  # has H 0.007 at 2e-3, 0.0004 at 5e-4, 0.0002 at 2e-4
     "scott": dict(N=8, c=0.03, mid=2.76),
     "ctm": dict(N=18, c=0.0, mid=2.0),
     "meanflow": dict(mid=2.76),
-    "boot": dict(N=18, c=0.0, mid=2.76),
+    "boot": dict(N=18, c=0.0, mid=1.0),
 }
 # The papers' for images, which go before: cd's levels and rate of 2303.01469 (sigma 1.382), ct's of iCT (0.821), the others' of
 # ECT and sCM (t = 1.1, SANA-Sprint's 1.0)
-IMAGE_MID = dict(cd=2.76, ct=1.64, ect=1.64, scd=1.96, sct=1.96, ctm=2.76)
+IMAGE_MID = dict(cd=2.76, ct=1.64, ect=1.64, scd=1.96, sct=1.96, ctm=2.76, boot=2.76)
 IMAGE_AUTO = {
     "cifar10": {"cd": dict(N=18, c=0.0, lr=4e-4), "scott": dict(N=18, c=0.0, lr=4e-4), "ctm": dict(lr=4e-4), "ct": dict(N=1280)},
     "imagenet64": {"cd": dict(N=40, c=0.0, lr=8e-6), "scott": dict(N=40, c=0.0, lr=8e-6), "ctm": dict(N=39),
@@ -91,23 +93,24 @@ class Config(Shared):
     target_ema: float = 0.0     # decay per step of the target network; 0: the student as it is
     p_mean: float = -0.4        # mean of ln sigma (ct, ect, scd, sct, sprint)
     p_std: float = 1.2          # std of ln sigma
-    q: float = 4.0              # ect: 1 - sigma'/sigma shrinks by this factor from stage to stage
+    q: float = 2.0              # ect: 1 - sigma'/sigma shrinks by this factor from stage to stage
     stages: int = 4             # ect: number of stages
     s0: int = 10                # ct: number of steps in the first stage
     warmup: float = 0.2         # sCM: share of the training in which the tangent's second term comes in
     eta: float = 0.1            # scott: noise of the teacher's step, 0: cd
     gamma: float = 0.0          # ctm, meanflow: fresh noise when sampling, 0: none, 1: all, as consistency models do
     dsm: float = 0.1            # ctm: weight of the denoising loss
-    adv: float = 0.5            # sprint: weight of the adversarial term
+    adv: float = -1.0           # sprint: weight of the adversarial term; -1: the paper's 0.5, on toys 1
     lr_disc: float = 2e-3       # sprint: learning rate of the discriminator's head
     dropout: float = 0.0        # dropout in the student (images)
 
     def __post_init__(self):
         shape = TOYS[self.data].shape if self.data in TOYS else IMAGES.get(self.data, [(1,)])[0]
         huber = 0.00054 * math.prod(shape) ** 0.5                       # iCT, Sec. 3.3
-        values = {"c": huber, "lr": 2e-3, **AUTO.get(self.loss, {}), "sigma_init": self.sigma_max}
+        values = {"c": huber, "lr": 2e-3, "adv": 1.0, **AUTO.get(self.loss, {}), "sigma_init": self.sigma_max}
         if self.data not in TOYS:
-            values |= {"lr": 1e-4, "mid": IMAGE_MID.get(self.loss, values.get("mid")), **IMAGE_AUTO.get(self.data, {}).get(self.loss, {})}
+            values |= {"lr": 1e-4, "adv": 0.5, "mid": IMAGE_MID.get(self.loss, values.get("mid")),
+                       **IMAGE_AUTO.get(self.data, {}).get(self.loss, {})}
         for name, value in values.items():
             if getattr(self, name) == -1:
                 setattr(self, name, value)
@@ -116,12 +119,12 @@ class Config(Shared):
 PRESETS = {
     **{name: {} for name in TOYS},
     # Karras et al.'s noise levels; steps and batch of 2303.01469, law of sigma of ECT. Not yet run at this size.
-    "cifar10": dict(net="ddpmpp", teacher_steps=100_000, steps=800_000, batch=512, ema=0.9999, sigma_min=0.002,
+    "cifar10": dict(net="ddpmpp", teacher_steps=100_000, steps=800_000, batch=512, ema=0.9999, stages=8, sigma_min=0.002,
                     sigma_max=80.0, p_mean=-1.1, p_std=2.0, every=10_000, samples=50_000),
     # The same sources for ImageNet-64 (2303.01469's cd has --target_ema 0.95). It wants --teacher edm-imagenet-64x64-cond-adm.pkl;
     # --micro 16 is a guess for 80 GB, less than sim.py's 26 there: derivatives forward want room. Not yet run.
     "imagenet64": dict(net="adm", cond=True, steps=600_000, batch=2048, micro=16, ema=0.999943, sigma_min=0.002, sigma_max=80.0,
-                       p_mean=-0.8, p_std=1.6, every=10_000, samples=50_000),
+                       p_mean=-0.8, p_std=1.6, q=4.0, every=10_000, samples=50_000),
 }
 
 # ---- the method ------------------------------------------------------------------------------------------------------
@@ -182,11 +185,11 @@ def lognormal(u, cfg):
     return (cfg.p_mean + cfg.p_std * torch.special.ndtri(u)).exp().clamp(cfg.sigma_min, cfg.sigma_max)
 
 
-def grid_pair(u, cfg):
-    """Neighbours sigma > lower (B,) on Karras's grid of N levels and 0, each pair as likely."""
-    grid = karras_sigmas(cfg.N, cfg.sigma_min, cfg.sigma_max, device=u.device).to(u)
-    i = (u * cfg.N).long()
-    return grid[i], grid[i + 1]
+def grid_pair(u, cfg, top=None):
+    """Neighbours sigma > lower (B,) on Karras's grid of N levels and 0, each pair as likely; top (B,): instead of sigma_max."""
+    i, top = (u * cfg.N).long(), cfg.sigma_max if top is None else top.double()
+    level = lambda i: torch.where(i < cfg.N, karras(1 - i.double() / (cfg.N - 1), cfg.sigma_min, top), 0.0).to(u)
+    return level(i), level(i + 1)
 
 
 def cd_loss(G, minus, teacher, b, cfg, progress):
@@ -303,11 +306,26 @@ def meanflow_loss(G, minus, teacher, b, cfg, progress):
     return error / (error.detach() + 0.01), sigma
 
 
-def boot_loss(G, minus, teacher, b, cfg, progress):
-    """BOOT (2306.05544, Eq. 10, 12): from noise at T, the student's own point at sigma and a teacher's step from there."""
-    sigma, lower = grid_pair(b.u, cfg)
-    T = torch.full_like(sigma, cfg.sigma_max)
+def which_call(b):
+    """From w: mask (B,) of the rows for the first call, from noise, the others being for a further one; and w's rest, uniform (B,)."""
+    return b.w < 0.5, 2 * b.w % 1
+
+
+def boot_start(minus, b, cfg):
+    """Start (B, ...) and level (B,) of a call: noise, or one of its samples noised to a further call's, deeper ones rarer."""
+    first, rest = which_call(b)
+    T = torch.full_like(b.u, cfg.sigma_max)
+    level = (cfg.mid * minus.sigma_data * 2 ** rest.log2().ceil()).clamp(2 * cfg.sigma_min, cfg.sigma_max)
     x_T = bcast(T, b.eps) * b.eps
+    x = jump(minus, x_T, T, torch.zeros_like(T), b.label) + bcast(level, x_T) * b.more[:, 0]
+    return torch.where(bcast(first, x), x_T, x), torch.where(first, T, level)
+
+
+def boot_loss(G, minus, teacher, b, cfg, progress):
+    """BOOT (2306.05544, Eq. 10, 12): from a start at T, the student's own point at sigma and a teacher's step from there."""
+    with torch.no_grad():
+        x_T, T = boot_start(minus, b, cfg)
+    sigma, lower = grid_pair(b.u, cfg, T)
     with torch.no_grad(), same_dropout(x_T):
         x_t = jump(minus, x_T, T, sigma, b.label)
         target = solver_step(teacher, x_t, sigma, lower, b.label, "euler")
@@ -323,15 +341,16 @@ def hinge_loss(logit_real, logit_fake):
 
 
 def look(critic, disc, x, b, cfg):
-    """The head's logit (B,) from the frozen teacher's features of x, noised to a random level."""
-    sigma = lognormal(b.w, cfg)
-    return disc(critic(x + bcast(sigma, x) * b.more[:, 0], sigma, b.label, features="only"))[:, 0]
+    """The head's logit (B,) for this row's call, from the frozen teacher's features of x, noised to a random level."""
+    first, rest = which_call(b)
+    sigma = lognormal(rest, cfg)
+    logits = disc(critic(x + bcast(sigma, x) * b.more[:, 0], sigma, b.label, features="only"))
+    return torch.where(first, logits[:, 0], logits[:, 1])
 
 
 def guess(G, b, cfg):
-    """The student's sample (B, ...) that the discriminator sees: from the highest level in half of the batch."""
-    half = (torch.arange(len(b.u), device=b.u.device) % 2 == 0)
-    sigma = torch.where(half, torch.full_like(b.u, cfg.sigma_max), lognormal(1 - b.u, cfg))
+    """The student's sample (B, ...) that the discriminator sees: from the highest level, or from that of the second call."""
+    sigma = torch.where(which_call(b)[0], cfg.sigma_max, cfg.mid * G.sigma_data).to(b.u)
     return f(G, b.x + bcast(sigma, b.x) * b.eps, sigma, b.label)
 
 
@@ -355,12 +374,12 @@ class Weight(nn.Module):
 
 
 def make_discriminator(shape):
-    """Head that turns the teacher's features, (C,) or (C, R, R), into a logit (B, 1)."""
+    """Head that turns the teacher's features, (C,) or (C, R, R), into logits (B, 2), a first and a further call's."""
     if len(shape) == 1:
-        return nn.Sequential(nn.Linear(shape[0], shape[0]), nn.ReLU(), nn.Linear(shape[0], 1))
+        return nn.Sequential(nn.Linear(shape[0], shape[0]), nn.ReLU(), nn.Linear(shape[0], 2))
     c = shape[0]
     return nn.Sequential(nn.Conv2d(c, c, 3, 2, 1), nn.GroupNorm(math.gcd(32, c), c), nn.SiLU(), nn.Conv2d(c, c, 3, 2, 1),
-                         nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, 1))
+                         nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, 2))
 
 
 def widen(denoiser, more):
@@ -395,7 +414,7 @@ def draw(n, data, device, loss):
     """All that is random about n training pairs. BOOT reads no data."""
     x, label = (None, data.draw_label(n)) if loss == "boot" else data.sample(n)
     eps, (u, w) = torch.randn(n, *data.shape, device=device), torch.rand(2, n, device=device)
-    return Draw(eps, x, label, u, w, torch.randn(n, 3, *data.shape, device=device) if loss in ("scott", "sprint") else None)
+    return Draw(eps, x, label, u, w, torch.randn(n, 3, *data.shape, device=device) if loss in ("scott", "sprint", "boot") else None)
 
 
 def complain(cfg):
@@ -495,7 +514,7 @@ def sample(student, n, label=None, steps=1, z=None):
         raise UserError(f"--nfe must be at least 1, not {steps}")
     cfg, device = student.config, next(student.parameters()).device
     second = cfg["loss"] in SECOND_TIME
-    gamma, classes = cfg["gamma"] if second else 1.0, student.label_dim - 6 * second
+    gamma, classes = cfg["gamma"] if second and cfg["loss"] != "boot" else 1.0, student.label_dim - 6 * second
     z = torch.randn(n, *student.shape, device=device) if z is None else z
     if label is None and classes:
         label = F.one_hot(torch.randint(classes, (n,), device=device), classes).float()

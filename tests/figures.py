@@ -1,9 +1,10 @@
 """
-Two of README's pictures.
+Two of README's pictures, and its table of consistency students.
 
     python tests/figures.py strip RUNS OUT.png      # data and one call of the five students in RUNS/<script>-<toy>-0, as STRIP
                                                     # names them (consistency.py with --loss scd)
     python tests/figures.py scott OUT.png           # consistency.py --loss scott on the ring for four --eta: about 6 minutes of one core
+    python tests/figures.py calls RUN [RUN ...]     # H of one and of two calls of consistency students on toys
 """
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ import dmd
 import fdistill
 import rectflow
 import sim
-from common import TOYS, load_denoiser, save_picture, toy_metrics, write_atomically
+from common import TOYS, energy_coefficient, load_denoiser, save_picture, toy_metrics, write_atomically
 
 STRIP = dict(fdistill="ring", dmd="moons", sim="spiral", consistency="unequal", rectflow="ring")
 SCRIPTS = dict(fdistill=fdistill, dmd=dmd, sim=sim, consistency=consistency, rectflow=rectflow)
@@ -48,6 +49,19 @@ def scott(out):
         print(f"eta {eta}: H {m['H']:.5f}, {m['in_3std']:.1%} within 3 std of a mode")
         panels[f"scott, eta {eta}: {m['in_3std']:.0%} within 3 std"] = x[:5000]
     save_picture(Path(out), panels)
+
+
+def calls(*runs):
+    """Mean H over three sets of 20,000 data, the same for one call and for two, and for every run."""
+    for run in runs:
+        student = load_denoiser(run, consistency.Config(device="cpu"))
+        H = {1: [], 2: []}
+        for seed in (100, 101, 102):
+            torch.manual_seed(seed)
+            data = TOYS[student.config["data"]].sample(20_000)[0]
+            for steps in H:
+                H[steps].append(energy_coefficient(consistency.sample(student, 20_000, steps=steps), data))
+        print(run, *(f"{steps} call{'s' * (steps > 1)}: H {sum(h) / 3:.5f}" for steps, h in H.items()), flush=True)
 
 
 if __name__ == "__main__":

@@ -329,18 +329,55 @@ def test_hinge():
 def test_sprint_pulls_the_student_up_the_logit():
     """With a linear critic and head the term - logit(guess) has a closed-form gradient in an affine student a y + c."""
     a, c = torch.tensor(0.4, dtype=F64, requires_grad=True), torch.zeros(2, dtype=F64, requires_grad=True)
-    head = torch.nn.Linear(2, 1, dtype=F64).requires_grad_(False)
-    cfg, n = setting("sprint"), 64
+    head = torch.nn.Linear(2, 2, dtype=F64).requires_grad_(False)
+    cfg, n = setting("sprint", mid=1.5), 64
     b = Draw(*torch.randn(2, n, 2, dtype=F64), None, *torch.rand(2, n, dtype=F64), torch.randn(n, 1, 2, dtype=F64))
     seen = []
     G = lambda y, sigma, label: (seen.append((y, sigma)), a * y + c)[1]
+    G.sigma_data = 0.8
     critic = lambda x, sigma, label, features: x
     loss = -consistency.look(critic, head, consistency.guess(G, b, cfg), b, cfg).mean()
     loss.backward()
     (y, sigma), = seen
-    assert (sigma[::2] == cfg.sigma_max).all() and (sigma[1::2] < cfg.sigma_max).any()          # half of them one-step samples
-    torch.testing.assert_close(c.grad, -head.weight[0])
-    torch.testing.assert_close(a.grad, -(y @ head.weight[0]).mean())
+    first = b.w < 0.5
+    assert (sigma[first] == cfg.sigma_max).all() and (sigma[~first] - 1.2).abs().max() < 1e-6 and 10 < first.sum() < 54   # two calls' levels
+    torch.testing.assert_close(y, b.x + sigma[:, None] * b.eps)
+    own = head.weight[(~first).long()]                                     # each call has a logit of its own
+    torch.testing.assert_close(c.grad, -own.mean(0))
+    torch.testing.assert_close(a.grad, -(y * own).sum(1).mean())
+
+
+def test_boot_starts_where_its_calls_start():
+    """Half of the rows are noise at T; the others the student's own sample of it, noised to mid, mid / 2, ..., each half as often."""
+    torch.manual_seed(0)
+    n, cfg = 4000, setting("boot", mid=1.5)
+    b = Draw(torch.randn(n, 1, dtype=F64), None, None, *torch.rand(2, n, dtype=F64), torch.randn(n, 1, 1, dtype=F64))
+    x, level = consistency.boot_start(Exact(), b, cfg)
+    sample = consistency.f(Exact(), T * b.eps, torch.full((n,), T, dtype=F64))
+    first = level == T
+    assert abs(first.double().mean() - 0.5) < 0.04 and torch.equal(x[first], T * b.eps[first])
+    torch.testing.assert_close(x[~first], (sample + level[:, None] * b.more[:, 0])[~first])
+    share = [(level[~first] - 1.2 / 2**k).abs().lt(1e-9).double().mean() for k in range(3)]
+    assert all(abs(s - 0.5 ** (k + 1)) < 0.04 for k, s in enumerate(share)) and level.min() >= 2 * cfg.sigma_min
+
+
+def test_a_second_call_helps_boot():
+    """A short run on the ring: with starts from pure noise alone H rises from 0.0005 to 0.004 with the second call."""
+    student, _ = train(Config(loss="boot", device="cpu", steps=500, teacher_steps=1000, samples=200, every=500, out="run"))
+    torch.manual_seed(0)
+    data = common.TOYS["ring"].sample(8000)[0]
+    one, two = (common.energy_coefficient(consistency.sample(student, 8000, steps=k), data) for k in (1, 2))
+    assert two < one < 0.003, (one, two)
+
+
+def test_grid_pairs():
+    """Neighbours on Karras's grid and 0, from the highest level or from one of their own for each row."""
+    cfg, u = setting("cd", N=6), (torch.arange(6, dtype=F64) + 0.5) / 6
+    for top in (None, torch.full((6,), 1.2, dtype=F64)):
+        want = common.karras_sigmas(6, cfg.sigma_min, cfg.sigma_max if top is None else 1.2)
+        sigma, lower = consistency.grid_pair(u, cfg, top)
+        torch.testing.assert_close(sigma, want[:-1])
+        torch.testing.assert_close(lower, want[1:])
 
 
 # ---- the loop ----
@@ -401,8 +438,9 @@ def test_boot_reads_no_data():
     assert b.x is None and LOSSES["boot"](D, D, common.Denoiser(common.MLP()), b, setting("boot", N=8), 0.0)[0].isfinite().all()
 
 
-def test_micro_batches_change_nothing():
-    check_micro(train, quick, (16,), loss="scott")
+@pytest.mark.parametrize("loss", ["scott", "sprint"])
+def test_micro_batches_change_nothing(loss):
+    check_micro(train, quick, (1, 16), loss=loss)
 
 
 @pytest.mark.parametrize("kw", [dict(loss="sprint"), dict(loss="ctm", cond=True)])
@@ -413,7 +451,7 @@ def test_resume_is_bit_exact(monkeypatch, kw):
 @pytest.mark.parametrize("wrong, says", [
     (dict(loss="ct", teacher="exact"), "without a teacher"), (dict(loss="nope"), "unknown loss"), (dict(sigma_init=2.0), "sigma_max"),
     (dict(N=1), "--N"), (dict(loss="ct", s0=500), "--s0"), (dict(eta=1.5), "--eta"), (dict(dropout=0.1), "--dropout"),
-    (dict(nfe=0), "--nfe"), (dict(mid=0.0), "--mid"), (dict(q=1.0), "--q"), (dict(adv=-1.0), "--adv"), (dict(target_ema=1.0), "--target_ema")])
+    (dict(nfe=0), "--nfe"), (dict(mid=0.0), "--mid"), (dict(q=1.0), "--q"), (dict(adv=-0.5), "--adv"), (dict(target_ema=1.0), "--target_ema")])
 def test_bad_input(wrong, says):
     """Impossible settings end in one sentence, before anything is written."""
     with pytest.raises(UserError, match=says):

@@ -278,8 +278,10 @@ def test_imagenet64_presets():
     for module, batch in ((fdistill, 512), (dmd, 280), (sim, 8192), (consistency, 2048), (rectflow, 2048)):
         cfg = common.parse(module.Config, module.PRESETS, ["--data", "imagenet64"])
         assert (cfg.batch, cfg.net, cfg.cond) == (batch, "adm", True) and cfg.batch % cfg.micro == 0
-    second = {loss: common.parse(consistency.Config, consistency.PRESETS, ["--data", "cifar10", "--loss", loss]).mid / 2 for loss in consistency.LOSSES}
-    assert {loss: round(sigma, 2) for loss, sigma in second.items() if loss in ("cd", "ct", "ect", "scd", "sct", "sprint")} == dict(
-        cd=1.38, ct=0.82, ect=0.82, scd=0.98, sct=0.98, sprint=0.78)                # sigma of the second call, in the papers
-    rate = lambda *flags: common.parse(consistency.Config, consistency.PRESETS, ["--data", *flags]).lr
+    of = lambda name, *flags: common.parse(consistency.Config, consistency.PRESETS, ["--data", name, *flags])
+    second = {loss: of("cifar10", "--loss", loss).mid / 2 for loss in ("cd", "ct", "ect", "scd", "sct", "sprint", "boot")}
+    assert {loss: round(sigma, 2) for loss, sigma in second.items()} == dict(       # sigma of the second call, in the papers
+        cd=1.38, ct=0.82, ect=0.82, scd=0.98, sct=0.98, sprint=0.78, boot=1.38)     # (boot: cd's)
+    assert [(of(name).q, of(name).stages, of(name, "--loss", "sprint").adv) for name in ("cifar10", "imagenet64")] == [(2, 8, 0.5), (4, 4, 0.5)]
+    rate = lambda *flags: of(*flags).lr
     assert (rate("imagenet64"), rate("imagenet64", "--loss", "scd"), rate("cifar10"), rate("cifar10", "--lr", "0.5")) == (8e-6, 7e-5, 4e-4, 0.5)
