@@ -362,9 +362,10 @@ def test_boot_starts_where_its_calls_start():
     assert all(abs(s - 0.5 ** (k + 1)) < 0.04 for k, s in enumerate(share)) and level.min() >= 2 * cfg.sigma_min
 
 
-def test_a_second_call_helps_boot():
-    """A short run on the ring: with starts from pure noise alone H rises from 0.0008 to 0.025 with the second call."""
-    student, _ = train(Config(loss="boot", device="cpu", steps=250, teacher_steps=600, samples=200, every=250, out="run"))
+def test_a_second_call_helps_boot(monkeypatch):
+    """A short run on the ring: with starts from pure noise alone H rises from 0.0011 to 0.03 with the second call."""
+    monkeypatch.setattr(common.gallery, "__defaults__", (100,))                 # the picture's samples of the teacher take longest
+    student, _ = train(Config(loss="boot", device="cpu", steps=150, batch=256, teacher_steps=500, samples=200, every=150, out="run"))
     torch.manual_seed(0)
     data = common.TOYS["ring"].sample(8000)[0]
     one, two = (common.energy_coefficient(consistency.sample(student, 8000, steps=k), data) for k in (1, 2))
@@ -409,8 +410,8 @@ def test_every_loss_runs_saves_and_draws(loss):
 def test_images_end_to_end(tmp_path, monkeypatch):
     """Two CPU steps on files in CIFAR-10's format, with labels, dropout and micro-batches: a student that moved, picture, samples in two calls."""
     write_cifar(tmp_path / "data")
-    monkeypatch.setattr(consistency, "gallery", lambda cfg, data, teacher: common.gallery(cfg, data, teacher, 4))       # quicker
-    for loss in ("cd", "ect", "scd", "sprint", "boot"):                                                                 # one teacher for all
+    monkeypatch.setattr(common.gallery, "__defaults__", (4,))
+    for loss in ("cd", "sprint", "boot"):                                   # one teacher for all; sprint has scd's derivative
         student, run = train(Config(data="cifar10", data_dir="data", device="cpu", net="small", width=8, cond=True, steps=2, batch=4, micro=2,
                                     N=4, teacher_steps=2, samples=4, every=2, dropout=0.1, ema=0.0, loss=loss, out=loss))
         start = common.load_denoiser(next(common.Path("runs").glob("teacher-*")), run.cfg)
