@@ -109,6 +109,9 @@ def parse(Config, PRESETS, argv=None):
 def check(cfg):
     """Raise UserError for values and combinations that cannot work, whatever the script."""
     toy = cfg.data in TOYS
+    for name, value in vars(cfg).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"--{name} must be a finite number, not {value}")
     for bad, sentence in (
         (min(cfg.steps, cfg.batch, cfg.every, cfg.samples, cfg.teacher_steps) < 1,
          "--steps, --batch, --every, --samples and --teacher_steps must be at least 1"),
@@ -642,7 +645,9 @@ class Block(nn.Module):
             h = F.silu(self.norm1(h) * (1 + scale) + shift)
         else:
             h = F.silu(self.norm1(h + e))
-        h = self.conv1(F.dropout(h, self.dropout, self.training))
+        if self.dropout and self.training:      # of its own shape and type: one random state is one mask, whatever h's layout and precision
+            h = h * F.dropout(torch.ones(h.shape, device=h.device), self.dropout).to(h.dtype)
+        h = self.conv1(h)
         x = (self.skip(self.resize(x)) + h) * self.scale
         if self.heads:
             b, c, height, w = x.shape       # EDM's layout: q, k, v are the fastest of the 3C channels
@@ -1925,9 +1930,13 @@ def draw(cfg, sample):
     student = load_denoiser(cfg.sample, cfg)
     if student.sigma_init is None:
         raise UserError(f"{cfg.sample} holds a teacher, not a one-step student; python common.py sample --teacher draws from it")
+    flags = {f.name for f in dataclasses.fields(cfg)}
+    if flags - set(student.config) and set(student.config) - flags:
+        raise UserError(f"{cfg.sample} is a run of another script, which has --{min(set(student.config) - flags)}; draw from it with that one")
     torch.manual_seed(cfg.seed)
     student.steps = getattr(cfg, "nfe", student.steps)
-    x = sample(student, cfg.samples, steps=student.steps)
+    given = {name: getattr(cfg, name) for name in inspect.signature(sample).parameters if getattr(cfg, name, -1) != -1}
+    x = sample(student, cfg.samples, **{**given, "steps": student.steps})               # --steps is of training
     folder = Path(cfg.sample) if Path(cfg.sample).is_dir() else Path(cfg.sample).parent
     write_atomically(folder / "draw.npy", lambda f: np.save(f, x.cpu().numpy()))
     save_picture(folder / "draw.png", {f"{len(x):,} samples, {student.steps} network call{'s' * (student.steps > 1)} each": x})

@@ -27,12 +27,14 @@ squared error 0.0025). 3. ct's curriculum ends at 160 steps on toys; there is no
 is read off the denoiser, with EDM's c_noise ln(sigma) / 4 for t; the tangent is computed in fp32, its norm is over a whole
 sample, and no 1 / tan t multiplies the loss again; levels outside sigma_min .. sigma_max go to the ends. 5. ctm takes one
 solver step instead of several, its outer map is the student held fixed, not an EMA; squared error; no GAN, and a fixed weight
-for the denoising term. 6. meanflow distils the teacher's velocity; the paper trains on that of data. 7. boot works in sigma,
-where x_T = T eps makes the paper's boundary condition the first slope; its jump is Phi, not y; half of its paths start where a
-further call does, from its own samples noised to --mid or below: with all from pure noise a second call made H ten times worse.
-8. scott has no GAN. 9. sprint's student is updated together with each update of the discriminator's head, which has a logit for
-each of two calls: half of its batch comes from the highest level, half from --mid, where the paper has a law of levels; with one
-logit the errors of one call could make up for those of the other. 10. The rate falls to 0 over the last half.
+for the denoising term, which looks at the jump's own t. 6. meanflow distils the teacher's velocity, the paper trains on that of
+data; r is uniform below t. 7. boot works in sigma, where x_T = T eps makes the paper's boundary condition the first slope; its
+jump is Phi, not y; half of its paths start where a further call does, from its own samples noised to --mid or below: with all
+from pure noise a second call made H ten times worse. 8. scott has no GAN. 9. sprint's student is updated together with each
+update of the discriminator's head, which has a logit for each of two calls: half of its batch comes from the highest level, half
+from --mid, where the paper has a law of levels; with one logit the errors of one call could make up for those of the other. What
+the head sees is noised by --p_mean, --p_std (paper: -0.6, 1). 10. All losses that draw levels share the law of --p_mean, --p_std,
+for images ECT's (sCM: -1, 1.4 and 1.6); ect has no further weight for ImageNet-64. 11. The rate falls to 0 over the last half.
 
     python consistency.py                               # cd on a ring of 8 Gaussians
     python consistency.py --loss scd --nfe 2            # another member; metrics and picture with two network calls
@@ -48,8 +50,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (EMA, IMAGES, TOYS, Block, Denoiser, Run, Shared, UserError, bcast, build, energy_coefficient, gallery, initial_student,
-                    karras, karras_sigmas, load_data, load_teacher, lr_factor, main, micro_batches, place, report, set_lr,
+from common import (EMA, IMAGES, TOYS, Block, Denoiser, Run, Shared, UserError, bcast, build, denoising_loss, energy_coefficient, gallery,
+                    initial_student, karras, karras_sigmas, load_data, load_teacher, lr_factor, main, micro_batches, place, report, set_lr,
                     trigflow_from_denoiser, velocity_from_denoiser)
 
 # What a loss calls for on toys where the flag is left at -1. mid is the second level of sampling, in units of the data's std: where
@@ -91,14 +93,14 @@ class Config(Shared):
     solver: str = "heun"        # heun | euler: the teacher's step (cd, ctm)
     c: float = -1.0             # width of the pseudo-Huber distance, 0: squared error; -1: as --loss
     target_ema: float = 0.0     # decay per step of the target network; 0: the student as it is
-    p_mean: float = -0.4        # mean of ln sigma (ct, ect, scd, sct, sprint)
+    p_mean: float = -0.4        # mean of ln sigma (ct, ect, scd, sct, sprint, meanflow)
     p_std: float = 1.2          # std of ln sigma
     q: float = 2.0              # ect: 1 - sigma'/sigma shrinks by this factor from stage to stage
     stages: int = 4             # ect: number of stages
     s0: int = 10                # ct: number of steps in the first stage
     warmup: float = 0.2         # sCM: share of the training in which the tangent's second term comes in
     eta: float = 0.1            # scott: noise of the teacher's step, 0: cd
-    gamma: float = 0.0          # ctm, meanflow: fresh noise when sampling, 0: none, 1: all, as consistency models do
+    gamma: float = -1.0         # ctm, meanflow: fresh noise when sampling, 0: none, as -1 in training, 1: all, as consistency models do
     dsm: float = 0.1            # ctm: weight of the denoising loss
     adv: float = -1.0           # sprint: weight of the adversarial term; -1: the paper's 0.5, on toys 1
     lr_disc: float = 2e-3       # sprint: learning rate of the discriminator's head
@@ -107,12 +109,12 @@ class Config(Shared):
     def __post_init__(self):
         shape = TOYS[self.data].shape if self.data in TOYS else IMAGES.get(self.data, [(1,)])[0]
         huber = 0.00054 * math.prod(shape) ** 0.5                       # iCT, Sec. 3.3
-        values = {"c": huber, "lr": 2e-3, "adv": 1.0, **AUTO.get(self.loss, {}), "sigma_init": self.sigma_max}
+        values = {"c": huber, "lr": 2e-3, "adv": 1.0, "gamma": 0.0, **AUTO.get(self.loss, {}), "sigma_init": self.sigma_max}
         if self.data not in TOYS:
             values |= {"lr": 1e-4, "adv": 0.5, "mid": IMAGE_MID.get(self.loss, values.get("mid")),
                        **IMAGE_AUTO.get(self.data, {}).get(self.loss, {})}
         for name, value in values.items():
-            if getattr(self, name) == -1:
+            if getattr(self, name) == -1 and not (self.sample and name in ("mid", "gamma")):        # --sample: -1 is as trained
                 setattr(self, name, value)
 
 
@@ -203,7 +205,7 @@ def cd_loss(G, minus, teacher, b, cfg, progress):
 
 
 def scott_loss(G, minus, teacher, b, cfg, progress):
-    """Stochastic consistency distillation (2403.01505): three noisy sub-steps of the teacher. eta = 0 is cd."""
+    """Stochastic consistency distillation (2403.01505): three noisy sub-steps of the teacher. eta = 0 is cd with three of Euler's."""
     sigma, lower = grid_pair(b.u, cfg)
     x_t = b.x + bcast(sigma, b.x) * b.eps
     with torch.no_grad(), same_dropout(x_t):
@@ -217,7 +219,7 @@ def scott_loss(G, minus, teacher, b, cfg, progress):
 
 def ct_loss(G, minus, teacher, b, cfg, progress):
     """Improved consistency training (2310.14189, Eq. 5 to 11): no teacher, steps double, weight 1 / (sigma - sigma')."""
-    stages = int(math.log2(cfg.N // cfg.s0)) + 1
+    stages = math.log2(cfg.N // cfg.s0) + 1
     grid = karras_sigmas(min(cfg.s0 * 2 ** int(progress * stages), cfg.N), cfg.sigma_min, cfg.sigma_max, device=b.u.device)
     share = torch.special.erf((grid.log() - cfg.p_mean) / (2**0.5 * cfg.p_std)).diff().neg()
     i = torch.searchsorted((share / share.sum()).cumsum(0), b.u.double()).clamp(max=len(share) - 1)
@@ -250,6 +252,11 @@ def jvp(function, inputs, tangents):
         hook.remove()
 
 
+def in_fp32(D):
+    """The same network, whatever --dtype: bf16 is too coarse for derivatives."""
+    return Denoiser(D.net, D.sigma_data) if isinstance(D, Denoiser) else D
+
+
 def tangent(D, x_t, t, slope, label, sigma_data, r=1.0):
     """
     cos t times df/dt (B, ...) of f = cos t x_t - sin t sd F along the path with dx/dt = slope, its second term times r
@@ -269,8 +276,7 @@ def scm_loss(G, minus, teacher, b, cfg, progress):
     x_t = cos * b.x + sin * sd * b.eps
     with torch.no_grad(), same_dropout(x_t):
         slope = cos * sd * b.eps - sin * b.x if teacher is None else sd * trigflow_from_denoiser(teacher, x_t, t, b.label, sd)
-        exact = Denoiser(minus.net, sd) if isinstance(minus, Denoiser) else minus               # fp32, whatever --dtype
-        g = tangent(exact, x_t, t, slope, b.label, sd, min(1.0, (progress + 1e-9) / cfg.warmup if cfg.warmup else 1.0))
+        g = tangent(in_fp32(minus), x_t, t, slope, b.label, sd, min(1.0, (progress + 1e-9) / cfg.warmup if cfg.warmup else 1.0))
         g = g / (bcast(g.flatten(1).norm(dim=1), g) + 0.1)
     out = trigflow_from_denoiser(G, x_t, t, b.label, sd)
     return (out - out.detach() - g).square().flatten(1).mean(1), sigma
@@ -287,9 +293,9 @@ def ctm_loss(G, minus, teacher, b, cfg, progress):
         x_lower = solver_step(teacher, x_t, t, lower, b.label, cfg.solver)
         at_s = torch.where(bcast(lower, x_t) > 0, jump(minus, x_lower, lower.clamp(min=1e-6), s, b.label), x_lower)
         target = clean(at_s, s)
-    denoised = G(x_t, t, second_time(t, t, b.label))
-    dsm = (1 / t**2 + 1 / G.sigma_data**2) * (denoised - b.x).square().flatten(1).mean(1)
-    return distance(clean(jump(G, x_t, t, s, b.label), s), target, cfg.c) + cfg.dsm * dsm, t
+    loss = distance(clean(jump(G, x_t, t, s, b.label), s), target, cfg.c)       # next after the target, for its dropout masks
+    dsm = denoising_loss(G(x_t, t, second_time(t, t, b.label)), b.x, t, G.sigma_data)
+    return loss + cfg.dsm * dsm, t
 
 
 def meanflow_loss(G, minus, teacher, b, cfg, progress):
@@ -301,7 +307,7 @@ def meanflow_loss(G, minus, teacher, b, cfg, progress):
     u = lambda D, z, t: velocity_from_denoiser(lambda x, s, y: D(x, s, second_time(s, r / (1 - r), y)), z, t, b.label)
     with torch.no_grad(), same_dropout(z):
         v = velocity_from_denoiser(teacher, z, t, b.label)
-        _, du = jvp(lambda z, t: u(minus, z, t), (z, t), (v, torch.ones_like(t)))
+        _, du = jvp(lambda z, t: u(in_fp32(minus), z, t), (z, t), (v, torch.ones_like(t)))
     error = (u(G, z, t) - (v - bcast(t - r, z) * du)).square().flatten(1).sum(1)
     return error / (error.detach() + 0.01), sigma
 
@@ -330,9 +336,9 @@ def boot_loss(G, minus, teacher, b, cfg, progress):
         x_t = jump(minus, x_T, T, sigma, b.label)
         target = solver_step(teacher, x_t, sigma, lower, b.label, "euler")
         first = teacher(x_T, T, b.label)
+    loss = distance(jump(G, x_T, T, lower, b.label), target, cfg.c) / (1 - lower / sigma) ** 2      # next, for target's dropout masks
     boundary = distance(G(x_T, T, second_time(T, T, b.label)), first, 0)
-    k = 1 - lower / sigma
-    return distance(jump(G, x_T, T, lower, b.label), target, cfg.c) / k**2 + 0.1 * boundary, sigma
+    return loss + 0.1 * boundary, sigma
 
 
 def hinge_loss(logit_real, logit_fake):
@@ -425,9 +431,11 @@ def complain(cfg):
         (cfg.sigma_init != cfg.sigma_max, "a consistency student starts at --sigma_max; leave --sigma_init away"),
         (cfg.loss in ("cd", "scott", "ctm", "boot") and cfg.N < 2, f"--N must be at least 2, not {cfg.N}"),
         (cfg.loss == "ct" and not 2 <= cfg.s0 <= cfg.N, f"--s0 {cfg.s0} must lie between 2 and --N {cfg.N}"),
-        (min(cfg.nfe, cfg.stages) < 1 or cfg.q <= 1, "--nfe and --stages must be at least 1, --q above 1"),
-        (not 0 < cfg.mid < math.inf or not 0 < cfg.p_std < math.inf or not 0 < cfg.lr_disc < math.inf,
-         "--mid, --p_std and --lr_disc must be positive"),
+        (cfg.stages < 1 or cfg.q <= 1, "--stages must be at least 1, --q above 1"),
+        (cfg.stages * math.log(cfg.q) > math.log(1e5), "--q to the power of --stages must be at most 1e5: float32 knows no smaller steps"),
+        (min(cfg.p_std, cfg.lr_disc) <= 0, "--p_std and --lr_disc must be positive"),
+        (not math.log(cfg.sigma_min) < cfg.p_mean < math.log(cfg.sigma_max),
+         f"--p_mean {cfg.p_mean} is a mean of ln sigma: e to the power of it must lie between --sigma_min and --sigma_max"),
         (not 0 <= cfg.target_ema < 1 or not 0 <= cfg.dropout < 1, "--target_ema and --dropout must lie in [0, 1)"),
         (not 0 <= min(cfg.warmup, cfg.eta, cfg.gamma) <= max(cfg.warmup, cfg.eta, cfg.gamma) <= 1,
          "--warmup, --eta and --gamma must lie in [0, 1]"),
@@ -442,6 +450,7 @@ def train(cfg):
     """Distil, or train, as cfg says; returns the averaged student and its Run."""
     complain(cfg)
     data = load_data(cfg)
+    call_levels(cfg.nfe, cfg.mid, data.sigma_data, cfg.sigma_min, cfg.sigma_max)
     teacher = None if cfg.loss == "ct" else load_teacher(cfg, data)
     run = Run(cfg, "consistency", teacher is not None)
     G = make_student(cfg, teacher, data)
@@ -500,25 +509,39 @@ def train(cfg):
     if teacher:                                             # root mean square distance to the end points of the teacher's own ODE
         more["paired"] = (sample(ema.model, len(z_show), label_show, 1, z_show) - list(panels.values())[1]).square().mean().sqrt().item()
     if cfg.data in TOYS:
-        more["H_2_steps"] = energy_coefficient(sample(ema.model, cfg.samples, steps=2), data.sample(cfg.samples)[0])
+        x, label = data.sample(cfg.samples)
+        more["H_2_steps"] = energy_coefficient(sample(ema.model, cfg.samples, label, steps=2), x)
     if more:
         print(", ".join(f"{name} {v:.5f}" for name, v in more.items()))
     report(run, data, teacher, lambda n, label: sample(ema.model, n, label, cfg.nfe), **more)
     return ema.model, run
 
 
-@torch.no_grad()
-def sample(student, n, label=None, steps=1, z=None):
-    """n samples (n, ...) of a student in `steps` network calls; random labels if it wants some and gets none."""
+def call_levels(steps, mid, sigma_data, sigma_min, sigma_max):
+    """Noise levels (steps + 1) of the calls and of their end: sigma_max; mid, mid / 2, ... in units of the data's std; 0."""
     if steps < 1:
         raise UserError(f"--nfe must be at least 1, not {steps}")
+    if not 0 < mid * sigma_data < sigma_max:
+        raise UserError(f"--mid {mid:g} times the data's std, {sigma_data:.2g}, must lie between 0 and --sigma_max, {sigma_max:g}")
+    return [sigma_max] + [max(mid * sigma_data * 0.5**k, sigma_min) for k in range(steps - 1)] + [0.0]
+
+
+@torch.no_grad()
+def sample(student, n, label=None, steps=1, z=None, mid=None, gamma=None):
+    """
+    n samples (n, ...) of a student in `steps` network calls; random labels if it wants some and gets none. mid and gamma are
+    the flags of these names, by default as the student was trained.
+    """
     cfg, device = student.config, next(student.parameters()).device
     second = cfg["loss"] in SECOND_TIME
-    gamma, classes = cfg["gamma"] if second and cfg["loss"] != "boot" else 1.0, student.label_dim - 6 * second
+    gamma, classes = cfg["gamma"] if gamma is None else gamma, student.label_dim - 6 * second
+    if not 0 <= gamma <= 1:
+        raise UserError(f"--gamma must lie in [0, 1], not {gamma}")
+    gamma = gamma if second and cfg["loss"] != "boot" else 1.0
+    levels = call_levels(steps, cfg["mid"] if mid is None else mid, student.sigma_data, cfg["sigma_min"], student.sigma_init)
     z = torch.randn(n, *student.shape, device=device) if z is None else z
     if label is None and classes:
         label = F.one_hot(torch.randint(classes, (n,), device=device), classes).float()
-    levels = [student.sigma_init] + [cfg["mid"] * student.sigma_data / 2**k for k in range(steps - 1)] + [0.0]
     parts = []
     for x, y in micro_batches(1000, z, label):
         x = student.sigma_init * x

@@ -1,10 +1,11 @@
 """
-Two of README's pictures, and its table of consistency students.
+Two of README's pictures, and its figures of consistency students.
 
     python tests/figures.py strip RUNS OUT.png      # data and one call of the five students in RUNS/<script>-<toy>-0, as STRIP
                                                     # names them (consistency.py with --loss scd)
     python tests/figures.py scott OUT.png           # consistency.py --loss scott on the ring for four --eta: about 6 minutes of one core
     python tests/figures.py calls RUN [RUN ...]     # H of one and of two calls of consistency students on toys
+    python tests/figures.py gamma RUN [RUN ...]     # H of two calls of ctm's or meanflow's for three --gamma
 """
 import sys
 from pathlib import Path
@@ -51,17 +52,27 @@ def scott(out):
     save_picture(Path(out), panels)
 
 
-def calls(*runs):
-    """Mean H over three sets of 20,000 data, the same for one call and for two, and for every run."""
+def measure(runs, ways):
+    """Print each run's mean H over three sets of 20,000 data, the same for all ways (name: keywords of sample) and runs."""
     for run in runs:
         student = load_denoiser(run, consistency.Config(device="cpu"))
-        H = {1: [], 2: []}
+        H = {name: 0 for name in ways}
         for seed in (100, 101, 102):
             torch.manual_seed(seed)
             data = TOYS[student.config["data"]].sample(20_000)[0]
-            for steps in H:
-                H[steps].append(energy_coefficient(consistency.sample(student, 20_000, steps=steps), data))
-        print(run, *(f"{steps} call{'s' * (steps > 1)}: H {sum(h) / 3:.5f}" for steps, h in H.items()), flush=True)
+            for name, kw in ways.items():
+                H[name] += energy_coefficient(consistency.sample(student, 20_000, **kw), data) / 3
+        print(run, *(f"{name}: H {h:.5f}" for name, h in H.items()), flush=True)
+
+
+def calls(*runs):
+    """Finished runs of consistency.py with one network call and with two."""
+    measure(runs, {"1 call": dict(steps=1), "2 calls": dict(steps=2)})
+
+
+def gamma(*runs):
+    """Finished runs of ctm or meanflow with two calls, by the share of fresh noise in the second."""
+    measure(runs, {f"gamma {g:g}": dict(steps=2, gamma=g) for g in (0.0, 0.5, 1.0)})
 
 
 if __name__ == "__main__":

@@ -373,7 +373,7 @@ def test_default_preset_flag(monkeypatch):
     ("--data", "cifar10", "--fid", __file__): "is not the Inception network", ("--width", "6"): "multiple of 4", ("--teacher", "nowhere.pt"): "no such file", ("--sample", "nowhere"): "no such file",
     ("--data", "cifar10", "--fake", "exact"): "needs a toy", ("--sigma_min", "0"): "sigma", ("--sigma_max", "0.01"): "sigma",
     ("--bins", "0"): "bins", ("--fake_updates", "-1"): "fake_updates", ("--steps",): "expected one argument", ("--lr_fake", "-1"): "lr_fake",
-    ("--gan_weight", "nan"): "gan_weight", ("--seed", "-1"): "--seed", ("--samples", "1"): "samples",
+    ("--gan_weight", "nan"): "--gan_weight must be a finite number", ("--ema", "-inf"): "finite", ("--seed", "-1"): "--seed", ("--samples", "1"): "samples",
 }.items())
 def test_bad_flags(flags, words):
     """Each ends with exit code 2 and one sentence that says what to do, before any work is done."""

@@ -1,4 +1,5 @@
 """consistency.py and the conversions against closed forms: Gaussian flow maps, tangents, boundary, dropout, the loop."""
+import copy
 import json
 import math
 
@@ -8,12 +9,19 @@ import torch
 
 import common
 import consistency
+import dmd
+import rectflow
 from common import GaussianMixture, UserError
 from conftest import check_micro, check_resume, flat, main_in_process
 from consistency import LOSSES, Config, Draw, train
 from test_common import write_cifar
 
 F64 = torch.float64
+
+
+@pytest.fixture(autouse=True)
+def small_pictures(monkeypatch):
+    monkeypatch.setattr(common.gallery, "__defaults__", (100,))                 # the picture's samples of the teacher take longest
 
 # ---- conversions: EDM, VP, rectified flow, TrigFlow ----
 
@@ -203,20 +211,21 @@ def test_tangent_is_a_finite_difference():
     torch.testing.assert_close(half, t.cos()[:, None] ** 2 * (slope - sd * F_trig), rtol=0, atol=1e-12)
 
 
-def test_scm_gradient_is_along_the_normalised_tangent():
-    """In F the loss has the gradient - 2 g / dim with |g| = |tangent| / (|tangent| + 0.1)."""
+@pytest.mark.parametrize("progress, r", [(0.9, 1.0), (0.05, 0.25)])
+def test_scm_gradient_is_along_the_normalised_tangent(progress, r):
+    """In F the loss has the gradient - 2 g / dim with |g| = |tangent| / (|tangent| + 0.1); the second term comes in over --warmup 0.2."""
     b = Draw(torch.randn(9, 3, dtype=F64), torch.randn(9, 3, dtype=F64), None, torch.rand(9, dtype=F64), None, None)
     sd, shift, cfg = 0.7, torch.zeros(9, 3, dtype=F64, requires_grad=True), setting("sct")
 
     def G(x, sigma, label=None):                                # smooth - sd sin t shift, that is F + shift
         return smooth(x, sigma) - (sd * torch.arctan(sigma / sd).sin())[:, None] * shift
     G.sigma_data = sd
-    loss, sigma = LOSSES["sct"](G, smooth, None, b, cfg, 0.9)
+    loss, sigma = LOSSES["sct"](G, smooth, None, b, cfg, progress)
     t = torch.arctan(sigma / sd)
     c, s = t.cos()[:, None], t.sin()[:, None]
-    g = consistency.tangent(smooth, c * b.x + s * sd * b.eps, t, c * sd * b.eps - s * b.x, None, sd)
+    g = consistency.tangent(smooth, c * b.x + s * sd * b.eps, t, c * sd * b.eps - s * b.x, None, sd, r)
     g = g / (g.norm(dim=1, keepdim=True) + 0.1)
-    torch.testing.assert_close(torch.autograd.grad(loss.sum(), shift)[0], -2 * g / 3)
+    torch.testing.assert_close(torch.autograd.grad(loss.sum(), shift)[0], -2 * g / 3, rtol=1e-5, atol=1e-7)
 
 
 def test_scott_without_noise_is_cd():
@@ -249,6 +258,92 @@ def test_distance_and_levels():
     assert abs(sigma.mean() + 0.3) < 0.01 and abs(sigma.std() - 0.7) < 0.01
     high, low = consistency.grid_pair(torch.tensor([0.0, 0.999]), setting("cd", N=4))
     assert abs(high[0] - T) < 1e-6 and abs(high[1] - 0.02) < 1e-6 and low[1] == 0 and 0.02 < low[0] < T
+
+
+def levels_seen(loss, u, progress, **kw):
+    """sigma and lower (B,) at which a loss without teacher calls the student and the fixed network."""
+    seen = []
+    D = lambda x, sigma, label: (seen.append(sigma), x)[1]
+    n = torch.zeros(len(u), 1, dtype=F64)
+    LOSSES[loss](D, D, None, Draw(n, n, None, u, None, None), setting(loss, **kw), progress)
+    return seen[1], seen[0]
+
+
+def test_levels_of_ct():
+    """iCT: 10, 20, ... steps, N at last; the pair above sigma_i with the normal law's share of ln sigma between its ends (Eq. 10, 11)."""
+    u = (torch.arange(40_000, dtype=F64) + 0.5) / 40_000
+    for N, progress, steps in ((40, 0.3, 10), (40, 0.4, 20), (40, 0.7, 40), (30, 0.5, 20), (30, 0.99, 30)):
+        sigma, lower = levels_seen("ct", u, progress, N=N, s0=10, p_mean=-0.3, p_std=0.9)
+        grid = common.karras_sigmas(steps, 0.02, T)
+        cdf = torch.distributions.Normal(-0.3, 0.9).cdf(grid.clamp(min=1e-30).log())
+        want = (cdf[:-1] - cdf[1:]) / cdf[0]
+        values, counts = sigma.unique(return_counts=True)
+        i = torch.searchsorted(-grid, -values - 1e-9)
+        torch.testing.assert_close(values, grid[i])
+        assert (want[i] - counts / len(u)).abs().max() < 1e-3 and want[i].sum() > 0.999
+        torch.testing.assert_close(lower[sigma == values[-1]], grid[i[-1] + 1].clamp(min=1e-6).expand(counts[-1]))
+
+
+def test_levels_of_ect():
+    """ECT with q = 2: in its first stage sigma' is 0 below sigma = ln 7, in the second below ln 5/3; then 1 - sigma'/sigma halves."""
+    u = (torch.arange(1000, dtype=F64) + 0.5) / 1000
+    for progress, edge in ((0.1, math.log(7)), (0.3, math.log(5 / 3)), (0.6, 0.0), (0.9, 0.0)):
+        sigma, lower = levels_seen("ect", u, progress, q=2.0, stages=4)
+        assert torch.equal(lower <= 1e-6, sigma <= edge)
+        gap = (1 + 8 / (1 + sigma.exp())) / 2 ** (1 + int(4 * progress))
+        torch.testing.assert_close(lower[sigma > edge], (sigma * (1 - gap))[sigma > edge])
+
+
+def test_terms_of_ctm(monkeypatch):
+    """s lies on the grid, as often at each level from u down to 0; the denoising loss has EDM's weight."""
+    seen, jump, b = [], consistency.jump, pairs()[0]
+    monkeypatch.setattr(consistency, "jump", lambda G, x, t, s, label: (seen.append((t, s)), jump(G, x, t, s, label))[1])
+    D = lambda x, t, label: torch.full_like(x, 0.3)
+    D.sigma_data = 0.8
+    with_it, without = (LOSSES["ctm"](D, D, P, b, setting("ctm", N=4, dsm=dsm), 0.5) for dsm in (1.0, 0.0))
+    t = with_it[1]
+    torch.testing.assert_close(with_it[0] - without[0], (1 / t**2 + 1 / 0.64) * (0.3 - b.x[:, 0]) ** 2)
+    (lower, s), grid = seen[0], common.karras_sigmas(4, 0.02, T)
+    assert (s <= lower).all()
+    share = (s[t > 0.99 * T][:, None] - grid[1:]).abs().lt(1e-9).double().mean(0)             # from the highest level: 4 levels below it
+    assert (share - 0.25).abs().max() < 0.03, share
+
+
+def test_weights_of_meanflow_and_boot():
+    """meanflow's error e counts as e / (e + 0.01); boot's boundary term with 0.1, at the level where the path starts."""
+    b, _ = pairs()
+    wrong = Exact(torch.tensor([5.0], dtype=F64))
+    loss = LOSSES["meanflow"](wrong, wrong, P, b, setting("meanflow"), 0.5)[0]
+    assert 0.9 < loss.max() < 1
+    off = lambda x, t, label: torch.where(label[:, :1] == 1, 0.3, Exact()(x, t, label))                # wrong only where s = t
+    got, right = (LOSSES["boot"](G, Exact(), P, b, setting("boot", N=8), 0.5)[0] for G in (off, Exact()))
+    x_T, level = consistency.boot_start(Exact(), b, setting("boot", N=8))
+    torch.testing.assert_close(got - right, 0.1 * (0.3 - P(x_T, level)[:, 0]) ** 2)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_target_has_no_gradient_and_derivatives_no_bf16(loss):
+    """The student gets the same gradient whether the fixed network is it or its frozen copy; tangents are the same under --dtype bf16."""
+    D = common.Denoiser(common.MLP(2, 6 if loss in consistency.SECOND_TIME else 0, width=16))
+    for p in D.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    b = Draw(*torch.randn(2, 32, 2), None, *torch.rand(2, 32), torch.randn(32, 3, 2))
+    guide, cfg = None if loss in ("ct", "ect", "sct") else common.TOYS["ring"], setting(loss, N=8, s0=4)
+    frozen, coarse = copy.deepcopy(D).requires_grad_(False), copy.deepcopy(D).requires_grad_(False)
+    coarse.dtype = "bf16"
+
+    def gradient(minus):
+        D.zero_grad()
+        LOSSES[loss](D, minus, guide, b, cfg, 0.9)[0].mean().backward()
+        return torch.cat([p.grad.flatten() for p in D.parameters()])
+    want, other = gradient(frozen), copy.deepcopy(frozen)
+    for p in other.parameters():
+        p.data *= 1.1
+    assert (gradient(other) - want).abs().max() > 1e-6          # the target is the fixed network's
+    if loss != "ctm":                                           # whose gradient runs through the fixed network to its input
+        assert torch.equal(gradient(D), want)
+    if loss in (*consistency.TANGENT, "meanflow"):
+        assert torch.equal(gradient(coarse), want)
 
 
 # ---- networks ----
@@ -285,19 +380,28 @@ def test_boundary_condition_of_networks():
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))])
-def test_dropout_masks_are_shared(device):
-    """Two evaluations see one mask: ect with sigma' ~ sigma has a loss of ~ 0 only then."""
-    net = common.Denoiser(common.UNet(8, 1, width=8, mult=(1,), blocks=1, attention=(8,), dropout=0.5)).to(device).train()
-    for p in net.parameters():
-        p.data += 0.3 * torch.randn_like(p)
-    x = torch.randn(4, 1, 8, 8, device=device)
-    b = Draw(torch.randn_like(x), x, None, torch.rand(4, device=device), None, None)
-    cfg = setting("ect", q=1e5, stages=1)
-    shared = LOSSES["ect"](net, net, None, b, cfg, 0.0)[0]
-    sigma = consistency.lognormal(b.u, cfg)
-    two = [net(x, sigma) for _ in range(2)]
-    assert (two[0] - two[1]).abs().max() > 0.01                 # without care the masks differ
-    assert shared.max() * 1e-5 < 1e-6, shared
+@pytest.mark.parametrize("loss", LOSSES)
+def test_dropout_masks_are_shared(loss, device, monkeypatch):
+    """The student's call and the fixed network's see one mask, element by element, though derivatives need another memory layout."""
+    def spy(x, *args):
+        out = dropout(x, *args)
+        masks.append(out == 0)
+        return out
+    dropout, masks, cfg = torch.nn.functional.dropout, [], setting(loss, data="cifar10", net="small", device=device, N=8, s0=4)
+    net = common.Denoiser(common.UNet(8, 1, width=8, mult=(1,), blocks=1, attention=(8,)))
+    G = common.place(consistency.widen(net, 6) if loss in consistency.SECOND_TIME else net, cfg)
+    teacher = common.place(common.Denoiser(common.UNet(8, 1, width=8, mult=(1,), blocks=1, attention=())), cfg).eval()
+    for block in (m for m in G.modules() if isinstance(m, common.Block)):
+        block.dropout = 0.5
+    minus = copy.deepcopy(G.train())
+    monkeypatch.setattr(torch.nn.functional, "dropout", spy)
+    x, more = torch.randn(4, 1, 8, 8, device=device), torch.randn(4, 3, 1, 8, 8, device=device)
+    b = Draw(torch.randn_like(x), x, None, *torch.rand(2, 4, device=device), more)
+    LOSSES[loss](G, minus, None if loss in ("ct", "ect", "sct") else teacher, b, cfg, 0.5)
+    calls = [torch.cat([m.flatten() for m in masks[i:i + 5]]) for i in range(0, len(masks), 5)]         # five blocks
+    pairs = {"ctm": [(0, 2), (1, 3)], "boot": [(1, 2)]}.get(loss, [(0, 1)])         # ctm jumps twice, boot first draws where to start
+    assert all(torch.equal(calls[i], calls[j]) for i, j in pairs) and abs(calls[0].float().mean() - 0.5) < 0.1
+    assert len(calls) == {"ctm": 5, "boot": 4}.get(loss, 2) and (loss != "ctm" or not torch.equal(calls[3], calls[4]))
 
 
 # ---- sampling, and sprint's adversarial term ----
@@ -309,13 +413,34 @@ def test_sampling_keeps_the_law(gamma, monkeypatch):
     student, levels = torch.nn.Linear(1, 1, dtype=F64), []
     jump = consistency.jump
     monkeypatch.setattr(consistency, "jump", lambda G, x, t, s, label: (levels.append(float(s[0])), jump(Exact(), x, t, s, label))[1])
-    for name, v in dict(config=dict(loss="ctm", gamma=gamma, mid=1.5), shape=(1,), label_dim=6, sigma_init=T, sigma_data=0.8).items():
+    for name, v in dict(config=dict(loss="ctm", gamma=gamma, mid=1.5, sigma_min=0.02), shape=(1,), label_dim=6, sigma_init=T, sigma_data=0.8).items():
         setattr(student, name, v)
     z = (M + (S**2 + T**2) ** 0.5 * torch.special.ndtri((torch.arange(4000, dtype=F64) + 0.5) / 4000)[:, None]) / T   # no luck in the first noise
     for steps in (1, 3):
         x = consistency.sample(student, len(z), steps=steps, z=z)
         assert abs(x.mean() - M) < 0.03 and abs(x.std() - S) < 0.03, (x.mean(), x.std())
     assert levels[-3] == pytest.approx(1.2 * (1 - gamma**2) ** 0.5) and levels[-1] == 0
+
+
+def test_levels_of_the_calls():
+    """mid, mid / 2, ... and nothing below sigma_min, however many calls; another mid and gamma than in training on demand."""
+    class Student(torch.nn.Linear):
+        def forward(self, x, t, label=None):
+            seen.append(float(t[0]))
+            return x
+    seen, student = [], Student(1, 1)
+    for name, v in dict(config=dict(loss="cd", gamma=0.0, mid=1.5, sigma_min=0.02), shape=(1,), label_dim=0, sigma_init=T, sigma_data=0.8).items():
+        setattr(student, name, v)
+    consistency.sample(student, 3, steps=4)
+    assert seen == pytest.approx([T, 1.2, 0.6, 0.3])
+    assert consistency.sample(student, 3, steps=2000, mid=1.0).isfinite().all()
+    assert seen[5] == pytest.approx(0.8) and min(seen) == pytest.approx(0.02)
+    student.config["loss"], student.label_dim = "ctm", 6
+    draw = lambda **kw: (torch.manual_seed(0), consistency.sample(student, 3, steps=3, z=torch.ones(3, 1), **kw))[1]
+    assert not torch.equal(draw(gamma=1.0), draw()) and torch.equal(draw(gamma=0.0, mid=1.5), draw())
+    for wrong in (dict(gamma=1.1), dict(mid=7.0), dict(mid=-1.0), dict(steps=0)):
+        with pytest.raises(UserError):
+            consistency.sample(student, 3, **{"steps": 2, **wrong})
 
 
 def test_hinge():
@@ -362,9 +487,8 @@ def test_boot_starts_where_its_calls_start():
     assert all(abs(s - 0.5 ** (k + 1)) < 0.04 for k, s in enumerate(share)) and level.min() >= 2 * cfg.sigma_min
 
 
-def test_a_second_call_helps_boot(monkeypatch):
+def test_a_second_call_helps_boot():
     """A short run on the ring: with starts from pure noise alone H rises from 0.0011 to 0.03 with the second call."""
-    monkeypatch.setattr(common.gallery, "__defaults__", (100,))                 # the picture's samples of the teacher take longest
     student, _ = train(Config(loss="boot", device="cpu", steps=150, batch=256, teacher_steps=500, samples=200, every=150, out="run"))
     torch.manual_seed(0)
     data = common.TOYS["ring"].sample(8000)[0]
@@ -382,6 +506,14 @@ def test_grid_pairs():
         torch.testing.assert_close(lower, want[1:])
 
 
+def test_papers_constants():
+    """iCT's c for CIFAR-10 and ImageNet-64; the second call's level of 2303.01469, iCT, sCM and SANA-Sprint at a data std of 0.5."""
+    of = lambda data, loss: Config(data=data, loss=loss)
+    assert [of(data, "ct").c for data in ("cifar10", "imagenet64")] == pytest.approx([0.03, 0.06], rel=0.01)
+    for loss, level in dict(cd=1.382, ct=0.821, ect=0.821, scd=math.tan(1.1) / 2, sct=math.tan(1.1) / 2, sprint=math.tan(1.0) / 2).items():
+        assert of("cifar10", loss).mid / 2 == pytest.approx(level, rel=0.01), loss
+
+
 # ---- the loop ----
 
 
@@ -391,9 +523,12 @@ def quick(**kw):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_every_loss_runs_saves_and_draws(loss):
+def test_every_loss_runs_saves_and_draws(loss, monkeypatch):
     """Few steps of each loss: a student that moved, metrics with two steps, and --sample draws the same student in n steps."""
+    guides, loss_of = [], LOSSES[loss]
+    monkeypatch.setitem(LOSSES, loss, lambda G, minus, teacher, *rest: (guides.append(teacher), loss_of(G, minus, teacher, *rest))[1])
     student, run = train(quick(loss=loss))
+    assert all((guide is None) == (loss in ("ct", "ect", "sct")) for guide in guides)
     metrics = json.loads((run.dir / "metrics.json").read_text())
     assert 0 < metrics["H"] < 1 and math.isfinite(metrics["H_2_steps"]) and ("paired" in metrics) == (loss != "ct")
     again = common.load_denoiser("run", quick())
@@ -405,6 +540,55 @@ def test_every_loss_runs_saves_and_draws(loss):
         assert torch.equal(consistency.sample(again, 50, steps=steps, z=z), want)
     assert main_in_process(consistency, "--sample", "run", "--samples", 30, "--nfe", 2, "--device", "cpu")[0] == 0
     assert common.Path("run/draw.npy").exists()
+
+
+def test_sampling_settings_and_foreign_runs():
+    """--sample takes another --mid and --gamma than in training, and refuses bad ones and the run of another script."""
+    train(quick(loss="ctm", mid=1.0, gamma=0.3))
+    def drawn(*flags):
+        assert main_in_process(consistency, "--sample", "run", "--samples", 30, "--nfe", 3, "--device", "cpu", *flags)[0] == 0
+        return np.load("run/draw.npy")
+    as_trained = drawn()
+    assert (drawn("--gamma", 0.3, "--mid", 1.0) == as_trained).all()
+    assert (drawn("--gamma", 0) != as_trained).any() and (drawn("--mid", 0.5) != as_trained).any()
+    for script, flags, says in ((consistency, ("--gamma", 7), "--gamma"), (consistency, ("--mid", 9), "--mid"), (dmd, (), "another script"),
+                                (rectflow, (), "another script"), (consistency, ("--gamma", "nan"), "finite")):
+        code, err = main_in_process(script, "--sample", "run", "--samples", 30, "--nfe", 3, *flags) if script is consistency else \
+            main_in_process(script, "--sample", "run", "--samples", 30)
+        assert code == 2 and says in err, err
+
+
+def test_labels_of_unequal_classes():
+    """Two calls are measured with the data's labels: at --cond the share of a class is its weight, not one in eight."""
+    student, run = train(quick(loss="cd", data="unequal", cond=True, steps=150, batch=256, teacher_steps=400, samples=2000, width=64, every=150))
+    metrics = json.loads((run.dir / "metrics.json").read_text())
+    assert metrics["H_2_steps"] < 2 * metrics["H"] + 0.005, metrics
+
+
+def test_scms_weight_makes_levels_count_the_same(monkeypatch):
+    """With a loss of 4 everywhere exp(w) 4 - w is least at exp(w) = 1/4."""
+    monkeypatch.setitem(LOSSES, "scd", lambda G, minus, teacher, b, cfg, progress: (
+        4 + 0 * G(b.x, 0 * b.u + 1).square().flatten(1).sum(1), consistency.lognormal(b.u, cfg)))
+    _, run = train(quick(loss="scd", lr=0.05, steps=80, every=80))
+    w = run.state["weight"](torch.tensor([0.1, 0.5, 2.0]))
+    assert (4 * w.exp() - 1).abs().max() < 0.2, w
+
+
+@pytest.mark.parametrize("who, kw", [("head", dict(lr_disc=0.02, lr=1e-9)), ("student", dict(lr_disc=1e-9, lr=0.02, adv=1e4))])
+def test_who_pulls_which_way_in_sprint(who, kw, monkeypatch):
+    """The head's logit rises on data over the fixed student's samples; the student's samples climb a fixed head's logit."""
+    def spy(critic, disc, x, b, cfg):
+        logit = look(critic, disc, x, b, cfg)
+        seen["data" if x is b.x else "student"].append(float(logit.detach().mean()))
+        return logit
+    look, seen = consistency.look, dict(data=[], student=[])
+    monkeypatch.setattr(consistency, "look", spy)
+    train(quick(loss="sprint", steps=40, batch=256, teacher_steps=200, every=40, **kw))
+    mean = lambda values: sum(values[-10:]) / 10
+    if who == "head":
+        assert mean(seen["data"]) > mean(seen["student"]) + 0.1, seen
+    else:
+        assert mean(seen["student"]) > sum(seen["student"][:4]) / 4 + 0.1, seen
 
 
 def test_images_end_to_end(tmp_path, monkeypatch):
@@ -466,7 +650,8 @@ def test_resume_is_bit_exact(monkeypatch, kw):
 @pytest.mark.parametrize("wrong, says", [
     (dict(loss="ct", teacher="exact"), "without a teacher"), (dict(loss="nope"), "unknown loss"), (dict(sigma_init=2.0), "sigma_max"),
     (dict(N=1), "--N"), (dict(loss="ct", s0=500), "--s0"), (dict(eta=1.5), "--eta"), (dict(dropout=0.1), "--dropout"),
-    (dict(nfe=0), "--nfe"), (dict(mid=0.0), "--mid"), (dict(q=1.0), "--q"), (dict(adv=-0.5), "--adv"), (dict(target_ema=1.0), "--target_ema")])
+    (dict(nfe=0), "--nfe"), (dict(mid=0.0), "--mid"), (dict(mid=8.0), "--mid"), (dict(q=1.0), "--q"), (dict(adv=-0.5), "--adv"),
+    (dict(target_ema=1.0), "--target_ema"), (dict(loss="ect", stages=40), "--stages"), (dict(loss="ct", p_mean=50.0), "--p_mean")])
 def test_bad_input(wrong, says):
     """Impossible settings end in one sentence, before anything is written."""
     with pytest.raises(UserError, match=says):
