@@ -367,13 +367,13 @@ def test_default_preset_flag(monkeypatch):
 @pytest.mark.parametrize("flags, words", {
     ("--divergance", "js"): "did you mean --divergence?", ("--divergence", "kl"): "rkl", ("--data", "mnist"): "ring",
     ("--steps", "0"): "must be at least 1", ("--steps", "many"): "steps", ("--micro", "100"): "does not divide",
-    ("--ema", "1"): "decay", ("--lr", "-1"): "positive", ("--lr", "nan"): "positive", ("--net", "small"): "toys take mlp",
+    ("--ema", "1"): "decay", ("--lr", "-1"): "positive", ("--lr", "nan"): "finite", ("--net", "small"): "toys take mlp",
     ("--data", "cifar10", "--teacher", "exact"): "needs a toy", ("--data", "cifar10", "--net", "mlp"): "images small",
     ("--fid", "x"): "for images", ("--data", "cifar10", "--fid", "nowhere.pt"): "no such file", ("--st", "3"): "unknown argument",
     ("--data", "cifar10", "--fid", __file__): "is not the Inception network", ("--width", "6"): "multiple of 4", ("--teacher", "nowhere.pt"): "no such file", ("--sample", "nowhere"): "no such file",
     ("--data", "cifar10", "--fake", "exact"): "needs a toy", ("--sigma_min", "0"): "sigma", ("--sigma_max", "0.01"): "sigma",
     ("--bins", "0"): "bins", ("--fake_updates", "-1"): "fake_updates", ("--steps",): "expected one argument", ("--lr_fake", "-1"): "lr_fake",
-    ("--gan_weight", "nan"): "--gan_weight must be a finite number", ("--ema", "-inf"): "finite", ("--seed", "-1"): "--seed", ("--samples", "1"): "samples",
+    ("--gan_weight", "nan"): "--gan_weight must be a finite number", ("--ema=-inf",): "finite", ("--seed", "-1"): "--seed", ("--samples", "1"): "samples",
 }.items())
 def test_bad_flags(flags, words):
     """Each ends with exit code 2 and one sentence that says what to do, before any work is done."""
