@@ -1701,11 +1701,9 @@ def write_atomically(path, write):
             os.fsync(f.fileno())
         os.replace(part, path)
     except (OSError, RuntimeError) as e:                    # torch.save reports a full disk as a RuntimeError
-        part.unlink(missing_ok=True)
         raise UserError(f"could not write {path} ({str(e).splitlines()[0]}); what was there is kept: make room, then add --resume")
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    finally:
+        part.unlink(missing_ok=True)                        # is there only if something broke
 
 
 class Run:
