@@ -328,10 +328,10 @@ def load_data(cfg):
     if cfg.data in TOYS:
         data = copy.deepcopy(TOYS[cfg.data]).to(device)
     elif cfg.data == "cifar10" and where.suffix != ".zip":
-        rows = torch.from_numpy(one_first(_cifar10_rows)(where)).to(device)                     # label, then 3x32x32
+        rows = torch.from_numpy(one_first(_cifar10_rows, where)).to(device)                     # label, then 3x32x32
         data = Images(rows[:, 1:].reshape(-1, 3, 32, 32).contiguous(), rows[:, 0].long(), 10)
     elif cfg.data in IMAGES:
-        images, labels, crc = one_first(_converted)(where, *IMAGES[cfg.data])
+        images, labels, crc = one_first(_converted, where, *IMAGES[cfg.data])
         small = images.nbytes <= ON_DEVICE
         data = Images(*(t.to(device) if small else t for t in (images, labels)), IMAGES[cfg.data][1], None if small else device)
         data.crc = crc
@@ -1664,17 +1664,14 @@ def any_process(flag):
     return bool(largest(flag))
 
 
-def one_first(function):
-    """`function` run by the first process alone and by the others after it: they find the files that it made."""
-    @functools.wraps(function)
-    def in_turn(*args, **kw):
-        if rank():
-            any_process(False)
-        out = function(*args, **kw)
-        if not rank():
-            any_process(False)
-        return out
-    return in_turn
+def one_first(function, *args):
+    """function(*args), by the first process alone and by the others after it: they find the files that it made."""
+    if rank():
+        any_process(False)
+    out = function(*args)
+    if not rank():
+        any_process(False)
+    return out
 
 
 def first_to_say():

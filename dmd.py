@@ -273,7 +273,7 @@ def train(cfg):
     opt_fake = torch.optim.Adam(critic, betas=(0.0, 0.99), fused=True)
     state = dict(G=G, fake=fake, disc=disc, ema=ema, opt_G=opt_G, opt_fake=opt_fake)
     panels, z_show, label_show = gallery(cfg, data, teacher)
-    pairs = one_first(teacher_pairs)(cfg, teacher, data, run.device) if cfg.variant == "dmd" else None
+    pairs = one_first(teacher_pairs, cfg, teacher, data, run.device) if cfg.variant == "dmd" else None
     micro, sigmas = run.micro, student_sigmas(cfg.steps_student, G)
     z_show = draw(len(z_show), source, run.device, cfg.steps_student)[0] if cfg.steps_student > 1 else z_show[:, None]
     adversarial = cfg.variant == "dmd2" and cfg.gan_weight > 0                  # the only one that looks at data

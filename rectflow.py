@@ -354,7 +354,7 @@ def train_flow(cfg):
     ema, opt = EMA(G, cfg.ema), torch.optim.Adam(G.parameters(), betas=(0.9, 0.99), fused=True)
     panels, z_show, label_show = gallery(cfg, data, teacher)
     large = load_teacher(replace(cfg, teacher=cfg.large), data) if stage == "guided" else teacher
-    pairs = one_first(teacher_pairs)(cfg, large, data, run.device) if teacher else None
+    pairs = one_first(teacher_pairs, cfg, large, data, run.device) if teacher else None
     knots = torch.tensor(call_times(G, calls)[:-1], device=run.device)
     micro, law, kind = run.micro, cfg.t_law if straight else "uniform", cfg.distance if pairs else "l2"
 
