@@ -1773,8 +1773,6 @@ class Run:
 
     def whole(self, share):
         """The whole batch (B, ...) from the share (B / processes, ...) of each process: for statistics of the batch."""
-        if processes() == 1:
-            return share
         out = share.new_zeros(processes(), *share.shape)
         out[rank()] = share
         return all_reduce(out).flatten(0, 1)
