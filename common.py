@@ -10,7 +10,7 @@ all denoisers and may stand in for one another. The score is (D(x_t, sigma) - x_
 Importing this file does no work: it prints nothing, picks no device, compiles and downloads nothing.
 """
 import argparse, copy, csv, ctypes, dataclasses, datetime, difflib, functools, hashlib, inspect, io, json, math, os, pickletools, re
-import signal, sys, tarfile, threading, time, urllib.error, urllib.request, warnings, weakref, zipfile, zlib
+import signal, sys, tarfile, threading, time, urllib.request, warnings, weakref, zipfile, zlib
 from collections import namedtuple
 from dataclasses import dataclass
 from pathlib import Path
@@ -451,8 +451,7 @@ def _cifar10_rows(where):
 
 
 def _md5(path):
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "md5").hexdigest() if sys.version_info >= (3, 11) else hashlib.md5(f.read()).hexdigest()
+    return hashlib.md5(path.read_bytes()).hexdigest()
 
 
 def download(url, path, md5):
@@ -471,8 +470,8 @@ def download(url, path, md5):
                     bar.update(len(chunk))
         if part.stat().st_size < total:
             raise OSError(f"it broke off after {part.stat().st_size:,} of {total:,} bytes")
-    except (OSError, urllib.error.URLError) as e:
-        if not (isinstance(e, urllib.error.HTTPError) and e.code == 416):       # 416: the part is already whole
+    except OSError as e:
+        if getattr(e, "code", None) != 416:                     # of an HTTPError: the part is already whole
             raise UserError(f"could not download {url} ({e}); get it by other means and put it at {path}, or run again to continue")
     if _md5(part) != md5:
         part.unlink()
