@@ -492,10 +492,10 @@ def karras(u, sigma_min, sigma_max, rho=7):
     return (sigma_min ** (1 / rho) + u * (sigma_max ** (1 / rho) - sigma_min ** (1 / rho))) ** rho
 
 
-def karras_sigmas(steps, sigma_min, sigma_max, rho=7, device=None):
+def karras_sigmas(steps, sigma_min, sigma_max, device=None):
     """The sampler's levels (steps + 1,) float64, falling from sigma_max to sigma_min and then 0 (EDM, Eq. 5)."""
     ramp = torch.linspace(1, 0, steps, dtype=torch.float64, device=device)
-    return torch.cat([karras(ramp, sigma_min, sigma_max, rho), ramp.new_zeros(1)])
+    return torch.cat([karras(ramp, sigma_min, sigma_max), ramp.new_zeros(1)])
 
 
 def lognormal_sigma(n, mean=-1.2, std=1.2, device=None):
@@ -814,14 +814,13 @@ def set_lr(optimizer, lr):
 
 
 @torch.no_grad()
-def heun_sample(denoiser, z, label=None, steps=18, sigma_min=0.002, sigma_max=80.0, rho=7, churn=0.0, s_min=0.05, s_max=50.0,
-                s_noise=1.003):
+def heun_sample(denoiser, z, label=None, steps=18, sigma_min=0.002, sigma_max=80.0, churn=0.0, s_min=0.05, s_max=50.0, s_noise=1.003):
     """
     EDM's second-order sampler (EDM, Algorithm 2): unit noise z (B, ...) to samples of z's shape and dtype by
     2 * steps - 1 network calls. churn > 0 adds fresh noise between s_min and s_max; the state is kept in float64.
     """
     call = lambda x, s: denoiser(x.to(z.dtype), s.to(z.dtype).repeat(len(z)), label).double()
-    sigmas = karras_sigmas(steps, sigma_min, sigma_max, rho, z.device)
+    sigmas = karras_sigmas(steps, sigma_min, sigma_max, z.device)
     x = z.double() * sigmas[0]
     for s, s_next in zip(sigmas[:-1], sigmas[1:]):
         if churn and s_min <= s <= s_max:
