@@ -882,8 +882,6 @@ def load_denoiser(path, cfg):
         denoiser = Denoiser(net, saved["sigma_data"], cfg.dtype)
         denoiser.sigma_init, denoiser.steps = saved["sigma_init"], saved["config"].get("steps_student", 1)
         denoiser.config = saved["config"]
-    except UserError:
-        raise
     except Exception as e:          # whatever torch.load meets in a foreign or damaged file
         raise UserError(f"{path} is no checkpoint of onestep or is damaged ({type(e).__name__}); give the ema.pt of a run")
     return place(denoiser.eval(), cfg)
