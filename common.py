@@ -9,7 +9,7 @@ x_t = x + sigma * eps, sigma (B,), label one-hot (B, K) or None. A network, a cl
 all denoisers and may stand in for one another. The score is (D(x_t, sigma) - x_t) / sigma^2.
 Importing this file does no work: it prints nothing, picks no device, compiles and downloads nothing.
 """
-import argparse, copy, csv, ctypes, dataclasses, datetime, difflib, functools, hashlib, inspect, io, json, math, os, pickletools, re
+import argparse, copy, csv, ctypes, dataclasses, datetime, difflib, hashlib, inspect, io, json, math, os, pickletools, re
 import signal, sys, tarfile, threading, time, urllib.request, warnings, weakref, zipfile, zlib
 from collections import namedtuple
 from dataclasses import dataclass
@@ -278,14 +278,11 @@ class Images:
     sigma_data = 0.5                                # of EDM; CIFAR-10 itself has 0.50
     ahead = None                                    # of the one data set of this process
 
-    def __init__(self, images, labels, label_dim, device=None):
-        self.images, self.labels, self.label_dim, self.shape = images, labels, label_dim, tuple(images.shape[1:])
-        self.device, self.mapped, self.next = torch.device(device or images.device), device is not None, None
-        self.classes = labels.unique().to(self.device)                          # all of them, but for small stand-ins
-
-    @functools.cached_property
-    def crc(self):
-        return zlib.crc32(self.images.cpu().numpy())
+    def __init__(self, images, labels, crc, label_dim, device):
+        self.mapped, self.device, self.crc, self.next = images.nbytes > ON_DEVICE, device, crc, None
+        self.images, self.labels = (t if self.mapped else t.to(device) for t in (images, labels))
+        self.label_dim, self.shape = label_dim, tuple(images.shape[1:])
+        self.classes = labels.unique().to(device)                               # all of them, but for small stand-ins
 
     def sample(self, n):
         if self.mapped:
@@ -327,14 +324,10 @@ def load_data(cfg):
     where, device = Path(cfg.data_dir), pick_device(cfg)
     if cfg.data in TOYS:
         data = copy.deepcopy(TOYS[cfg.data]).to(device)
-    elif cfg.data == "cifar10" and where.suffix != ".zip":
-        rows = torch.from_numpy(one_first(_cifar10_rows, where)).to(device)                     # label, then 3x32x32
-        data = Images(rows[:, 1:].reshape(-1, 3, 32, 32).contiguous(), rows[:, 0].long(), 10)
     elif cfg.data in IMAGES:
-        images, labels, crc = one_first(_converted, where, *IMAGES[cfg.data])
-        small = images.nbytes <= ON_DEVICE
-        data = Images(*(t.to(device) if small else t for t in (images, labels)), IMAGES[cfg.data][1], None if small else device)
-        data.crc = crc
+        read = _cifar10 if cfg.data == "cifar10" and where.suffix != ".zip" else _converted
+        shape, classes = IMAGES[cfg.data]
+        data = Images(*one_first(read, where, shape, classes), classes, device)
     else:
         raise UserError(f"unknown data set {cfg.data!r}: choose one of {', '.join([*TOYS, *IMAGES])}")
     if not cfg.cond:
@@ -425,8 +418,8 @@ def _zip_rows(path, shape, classes, part=1024):
     return labels, rows
 
 
-def _cifar10_rows(where):
-    """Training rows (N, 3073) uint8 of the official binary version, read from its folder or its archive, or downloaded."""
+def _cifar10(where, shape, classes):
+    """What _converted gives, for CIFAR-10's official binary version: read from its folder or its archive, or downloaded."""
     names = [f"data_batch_{i}.bin" for i in range(1, 6)]
     folder = next((f for f in (where, where / "cifar-10-batches-bin") if (f / names[0]).exists()), None)
     source = folder or (where if where.is_file() else where / "cifar-10-binary.tar.gz")
@@ -443,11 +436,13 @@ def _cifar10_rows(where):
                 parts = {Path(m.name).name: tar.extractfile(m).read() for m in tar if Path(m.name).name in names and m.isfile()}
     except (tarfile.TarError, EOFError, OSError, zlib.error) as e:
         raise UserError(f"{source} is no readable CIFAR-10 archive ({str(e).splitlines()[0]}); {again}")
-    for name in names:
-        rows = np.frombuffer(parts.get(name, b""), np.uint8)
-        if not rows.size or rows.size % 3073 or rows[::3073].max() > 9:
-            raise UserError(f"{source} lacks {name}, or it is damaged: {rows.size:,} bytes are not rows of a label 0..9 and 3x32x32 bytes")
-    return np.concatenate([np.frombuffer(parts[n], np.uint8).reshape(-1, 3073) for n in names])
+    files = [np.frombuffer(parts.get(name, b""), np.uint8) for name in names]
+    for name, b in zip(names, files):
+        if not b.size or b.size % 3073 or b[::3073].max() >= classes:
+            raise UserError(f"{source} lacks {name}, or it is damaged: {b.size:,} bytes are not rows of a label 0..9 and 3x32x32 bytes")
+    rows = torch.from_numpy(np.concatenate(files).reshape(-1, 3073))
+    images = rows[:, 1:].reshape(-1, *shape).contiguous()
+    return images, rows[:, 0].long(), zlib.crc32(images.numpy())
 
 
 def _md5(path):
