@@ -10,8 +10,9 @@ all denoisers and may stand in for one another. The score is (D(x_t, sigma) - x_
 Importing this file does no work: it prints nothing, picks no device, compiles and downloads nothing.
 """
 import argparse, copy, csv, ctypes, dataclasses, datetime, difflib, hashlib, inspect, io, json, math, os, pickletools, re
-import signal, sys, tarfile, threading, time, urllib.request, warnings, weakref, zipfile, zlib
+import signal, sys, tarfile, time, urllib.request, warnings, weakref, zipfile, zlib
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -283,6 +284,7 @@ class Images:
         self.images, self.labels = (t if self.mapped else t.to(device) for t in (images, labels))
         self.label_dim, self.shape = label_dim, tuple(images.shape[1:])
         self.classes = labels.unique().to(device)                               # all of them, but for small stand-ins
+        self.thread = ThreadPoolExecutor(1)                                     # begins when it is first asked to read
 
     def sample(self, n):
         if self.mapped:
@@ -300,14 +302,10 @@ class Images:
     def _read_ahead(self, n):
         draw = lambda: int(torch.randint(2**62, ()))
         batch, Images.ahead = (n, draw() if Images.ahead is None else Images.ahead), draw()
-        thread, key, out = self.next or (None, None, None)
-        if key == batch:
-            thread.join()
-        batch = out[0] if key == batch and out else self._read(*batch)
-        out, key = [], (n, Images.ahead)
-        self.next = threading.Thread(target=lambda: out.append(self._read(*key)), daemon=True), key, out
-        self.next[0].start()
-        return [t.to(self.device, non_blocking=True) for t in batch]
+        key, read = self.next or (None, None)
+        parts = read.result() if key == batch else self._read(*batch)
+        self.next = (n, Images.ahead), self.thread.submit(self._read, n, Images.ahead)
+        return [t.to(self.device, non_blocking=True) for t in parts]
 
     def _read(self, n, seed):
         g = torch.Generator().manual_seed(seed)
