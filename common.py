@@ -1800,15 +1800,14 @@ class Run:
             before = None
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)         # a teacher fitted before does not count
-        self.began, bar = time.time() - self.seconds, tqdm(total=None if self.budget else self.cfg.steps, initial=self.step,
-                                                              desc=self.script, disable=rank() > 0)
+        self.began, total = time.time() - self.seconds, None if self.budget else self.cfg.steps
+        self.bar = tqdm(total=total, initial=self.step, desc=self.script, disable=rank() > 0)
         try:
             while not self.last:
-                self.bar = bar
                 self._look_at_clock()
                 yield self.step
                 self.step += 1
-                bar.update()
+                self.bar.update()
                 self.interrupted = any_process(self.interrupted)
                 if len(self.rows) >= 50 or self.last:
                     self.flush()
@@ -1817,7 +1816,7 @@ class Run:
                 if self.interrupted:
                     raise KeyboardInterrupt(f"saved at step {self.step}; continue with --resume")
         finally:
-            bar.close()
+            self.bar.close()
             self.seconds = time.time() - self.began
             if before is not None:
                 signal.signal(signal.SIGINT, before)
