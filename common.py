@@ -1421,21 +1421,20 @@ def to_uint8(x):
 
 
 @torch.no_grad()
-def feature_statistics(images, inception, size=None, desc="inception", keep=None, device=None):
+def feature_statistics(images, inception, size=None, desc="inception", device=None):
     """
-    Mean (2048,) and covariance, float64, of Inception features of uint8 images (N, 3, H, W), `size` at a time; the list `keep`
-    is given the features of 10,000 of them, spread evenly.
+    Mean (2048,) and covariance, float64, of Inception features of uint8 images (N, 3, H, W), `size` at a time, and the features
+    of at most 10,000 of them, spread evenly.
     """
     device = device or images.device
     size = size or (250 if device.type == "cuda" else 20)                   # small parts are faster on a CPU
-    total, outer, step = 0, 0, max(1, len(images) // 10000)
+    total, outer, some, step = 0, 0, [], max(1, len(images) // 10000)
     for i in tqdm(range(0, len(images), size), desc=desc, leave=False):
         f = inception(images[i:i + size].to(device), return_features=True)
-        if keep is not None:
-            keep.append(f[-i % step::step])
+        some.append(f[-i % step::step])
         total, outer = total + f.double().sum(0), outer + f.double().T @ f.double()
     mean = total / len(images)
-    return mean, (outer - len(images) * mean[:, None] * mean) / (len(images) - 1)
+    return mean, (outer - len(images) * mean[:, None] * mean) / (len(images) - 1), torch.cat(some)[:10000]
 
 
 def frechet_distance(mean1, cov1, mean2, cov2):
@@ -1506,17 +1505,16 @@ def image_metrics(cfg, data, samplers):
     key = zlib.crc32(f"{data.crc} {bool(given)} {len(reference)}".encode(), zlib.crc32(Path(cfg.fid).read_bytes()))
     cache = Path(f"runs/fidref-{cfg.data}-{len(reference)}-{key:08x}.pt")
     if not cache.exists():
-        keep = []
-        stats = feature_statistics(reference, inception, desc=f"reference, {len(reference):,} images", keep=keep, device=device)
-        write_atomically(cache, lambda f: torch.save([t.cpu() for t in (*stats, torch.cat(keep)[:10000])], f))
+        stats = feature_statistics(reference, inception, desc=f"reference, {len(reference):,} images", device=device)
+        write_atomically(cache, lambda f: torch.save([t.cpu() for t in stats], f))
     *stats, real = (t.to(device) for t in torch.load(cache, weights_only=True))
     stats = [t.to(device) for t in given] if given else stats
     name = Path(cfg.fid_ref).stem if given else fid_name(len(reference), "train")
     out = dict(fid_ref=cfg.fid_ref if given else f"{cfg.data} training images, {len(reference)}", fid_samples=cfg.samples)
     for who, draw in samplers.items():
-        x, keep = in_batches(lambda n, label: to_uint8(draw(n, label)), cfg.samples, data.draw_label(cfg.samples)), []
-        fid = frechet_distance(*feature_statistics(x, inception, desc=who, keep=keep), *stats)
-        fake = torch.cat(keep)[:10000]
+        x = in_batches(lambda n, label: to_uint8(draw(n, label)), cfg.samples, data.draw_label(cfg.samples))
+        mean, cov, fake = feature_statistics(x, inception, desc=who)
+        fid = frechet_distance(mean, cov, *stats)
         k = min(len(real), len(fake))
         precision, recall = precision_recall(real[:k], fake[:k])
         out |= {f"{fid_name(cfg.samples)}_{name}_{who}": fid, f"{fid_name(k, 'precision')}_{who}": precision,

@@ -23,12 +23,12 @@ def images(folder, names, n):
 @torch.no_grad()
 def main(folder, network, n=10000):
     device = common.pick_device(common.Shared())
-    inception, stats, features = common.load_inception(network, device), [], []
+    inception, stats = common.load_inception(network, device), []
     for what, names in (("train", [f"data_batch_{i}" for i in range(1, 6)]), ("test", ["test_batch"])):
-        x, keep = images(folder, names, int(n)), []
-        stats.append(common.feature_statistics(x, inception, desc=what, keep=keep, device=device))
-        features.append(torch.cat(keep))
-    fid, (precision, recall) = common.frechet_distance(*stats[0], *stats[1]), common.precision_recall(features[1], features[0])
+        x = images(folder, names, int(n))
+        stats.append(common.feature_statistics(x, inception, desc=what, device=device))
+    (*train, real), (*test, held_out) = stats
+    fid, (precision, recall) = common.frechet_distance(*train, *test), common.precision_recall(held_out, real)
     print(f"{len(x):,} training against {len(x):,} test images: FID {fid:.4f}, precision {precision:.3f}, recall {recall:.3f}")
     return fid
 

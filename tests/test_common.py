@@ -234,10 +234,11 @@ def test_feature_statistics_are_numpys():
     """Streamed mean and covariance equal numpy's on the whole."""
     images = torch.randint(0, 256, (25, 3, 4, 4), dtype=torch.uint8)
     net = lambda x, return_features: x.float().flatten(1)[:, :10]
-    mean, cov = common.feature_statistics(images, net, size=7)
+    mean, cov, some = common.feature_statistics(images, net, size=7)
     f = images.flatten(1)[:, :10].double().numpy()
     np.testing.assert_allclose(mean, f.mean(0))
     np.testing.assert_allclose(cov, np.cov(f.T), atol=1e-9)
+    np.testing.assert_array_equal(some, f)
 
 
 def test_uint8_round_trip():

@@ -226,7 +226,7 @@ def test_train_against_test_benchmark(tmp_path, capsys):
     Path("data/cifar-10-batches-bin/test_batch.bin").write_bytes(Path("data/cifar-10-batches-bin/data_batch_5.bin").read_bytes())
     torch.jit.script(TinyInception()).save("tiny.pt")
     stats = [common.feature_statistics(x, TinyInception()) for x in (rows[:10], rows[80:90])]
-    assert bench_fid.main("data", "tiny.pt", "10") == pytest.approx(common.frechet_distance(*stats[0], *stats[1]), rel=1e-9)
+    assert bench_fid.main("data", "tiny.pt", "10") == pytest.approx(common.frechet_distance(*stats[0][:2], *stats[1][:2]), rel=1e-9)
     assert "10 training against 10 test images: FID" in capsys.readouterr().out
 
 
@@ -239,7 +239,7 @@ def test_edms_reference_file(tmp_path, monkeypatch):
     torch.jit.script(TinyInception()).save("tiny.pt")
     mean, cov = torch.zeros(2048, dtype=torch.float64), 4 * torch.eye(2048, dtype=torch.float64)
     real = common.feature_statistics
-    monkeypatch.setattr(common, "feature_statistics", lambda *a, **k: (real(*a, **k), (mean, cov))[1])
+    monkeypatch.setattr(common, "feature_statistics", lambda *a, **k: (mean, cov, real(*a, **k)[2]))
     monkeypatch.setattr(common, "load_inception", lambda *a: lambda x, return_features: x.float().flatten(1)[:, :2048])
     got = common.image_metrics(cfg, load_data(cfg), {"1_step": lambda n, label: torch.zeros(n, 3, 32, 32)})
     want = float(shift.square().sum()) + 2048 * (2 - 1) ** 2
