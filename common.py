@@ -66,16 +66,14 @@ class Shared:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
-        if not rank():
-            print(f"{self.prog}: {message}", file=sys.stderr)
-        sys.exit(2)
+        raise UserError(message)
 
 
 def parse(Config, PRESETS, argv=None):
     """
     Command line for a Config dataclass: field names are the flags, trailing comments the help; a comment that starts
     with `a | b | c` also lists the only values allowed. Dataclass default < preset of --data < flag.
-    Bad input ends in one sentence on stderr and exit code 2.
+    Raises UserError for flags and values that it does not know; `check` looks at what they mean together.
     """
     notes = {}
     for cls in reversed(Config.__mro__[:-1]):
@@ -99,12 +97,7 @@ def parse(Config, PRESETS, argv=None):
         flags = [f"--{f.name}" for f in dataclasses.fields(Config)]
         near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
         p.error(f"unknown argument {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "; -h lists the flags"))
-    cfg = Config(**vars(args))
-    try:
-        check(cfg)
-    except UserError as e:
-        p.error(str(e))
-    return cfg
+    return Config(**vars(args))
 
 
 def check(cfg):
@@ -151,10 +144,11 @@ def duration(text):
 def main(Config, PRESETS, train, sample):
     """A script's command line: parse, then train or draw; bad input exits with 2 and one sentence, Ctrl-C with 130."""
     join_processes()
-    cfg = parse(Config, PRESETS)
-    if cfg.data in TOYS and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)                            # small matrices: two threads won a tenth of the time alone, lost half beside other work
     try:
+        cfg = parse(Config, PRESETS)
+        check(cfg)
+        if cfg.data in TOYS and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(1)        # small matrices: two threads won a tenth of the time alone, lost half beside other work
         if not cfg.sample:
             train(cfg)
         elif not rank():
