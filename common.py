@@ -1422,7 +1422,7 @@ def feature_statistics(images, inception, size=None, desc="inception", device=No
     """
     device = device or images.device
     size = size or (250 if device.type == "cuda" else 20)                   # small parts are faster on a CPU
-    total, outer, some, step = 0, 0, [], max(1, len(images) // 10000)
+    total, outer, some, step = 0, 0, [], -(-len(images) // 10000)
     for i in tqdm(range(0, len(images), size), desc=desc, leave=False):
         f = inception(images[i:i + size].to(device), return_features=True)
         some.append(f[-i % step::step])
@@ -1903,9 +1903,9 @@ def draw(cfg, sample):
     student = load_denoiser(cfg.sample, cfg)
     if student.sigma_init is None:
         raise UserError(f"{cfg.sample} holds a teacher, not a one-step student; python common.py sample --teacher draws from it")
-    flags = {f.name for f in dataclasses.fields(cfg)}
-    if flags - set(student.config) and set(student.config) - flags:
-        raise UserError(f"{cfg.sample} is a run of another script, which has --{min(set(student.config) - flags)}; draw from it with that one")
+    foreign = student.config.keys() - vars(cfg).keys()
+    if foreign:
+        raise UserError(f"{cfg.sample} is a run of another script, which has --{min(foreign)}; draw from it with that one")
     torch.manual_seed(cfg.seed)
     student.steps = getattr(cfg, "nfe", student.steps)
     given = {name: getattr(cfg, name) for name in inspect.signature(sample).parameters if getattr(cfg, name, -1) != -1}

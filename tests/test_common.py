@@ -231,7 +231,7 @@ def test_frechet_distance_of_gaussians():
 
 
 def test_feature_statistics_are_numpys():
-    """Streamed mean and covariance equal numpy's on the whole."""
+    """Streamed mean and covariance equal numpy's on the whole; the features kept are at most 10,000, from first to last."""
     images = torch.randint(0, 256, (25, 3, 4, 4), dtype=torch.uint8)
     net = lambda x, return_features: x.float().flatten(1)[:, :10]
     mean, cov, some = common.feature_statistics(images, net, size=7)
@@ -239,6 +239,8 @@ def test_feature_statistics_are_numpys():
     np.testing.assert_allclose(mean, f.mean(0))
     np.testing.assert_allclose(cov, np.cov(f.T), atol=1e-9)
     np.testing.assert_array_equal(some, f)
+    i = common.feature_statistics(torch.arange(15_000.0).reshape(-1, 1), lambda x, return_features: x, size=700)[2]
+    assert len(i) <= 10_000 and i.min() == 0 and i.max() > 14_990 and len(set(i.flatten().diff().tolist())) == 1      # spread evenly
 
 
 def test_uint8_round_trip():

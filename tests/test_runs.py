@@ -247,11 +247,22 @@ def common_student(cfg, teacher, data):
     return G
 
 
-def test_teachers_cannot_be_drawn_from(tmp_path):
+def test_drawing_from_what_is_no_student_of_this_script(tmp_path):
+    """A teacher, a run of another script (its sampler would fail or give nonsense), and python common.py sample with --sample."""
+    import common
+    import consistency
+    import dmd
     import fdistill
+    import rectflow
+    import sim
+    sampling = SimpleNamespace(__name__="common", main=common.main, Config=common.Sampling, PRESETS=common.SAMPLING,
+                               train=common.sample_teacher, sample=common.sample_teacher)
     assert main_in_process(fdistill, *QUICK, "--out", "run")[0] == 0
     code, err = main_in_process(fdistill, "--sample", str(next(Path("runs").glob("teacher-*"))))
     assert code == 2 and "not a one-step student" in err
+    for other in (consistency, dmd, rectflow, sim, sampling):
+        code, err = main_in_process(other, "--sample", "run", "--samples", "2")
+        assert code == 2 and "a run of another script" in err, other
     code, err = main_in_process(fdistill, "--sample", "run", "--samples", "0")
     assert code == 2 and "--samples" in err
 
