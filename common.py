@@ -158,8 +158,10 @@ def main(Config, PRESETS, train, sample):
         code, message = 1, str(e)
     except (UserError, OSError) as e:                       # OSError: a full disk, a folder that may not be written
         code, message = 2, str(e)
-    except torch.OutOfMemoryError:
-        code, message = 2, f"the GPU's memory is full: lower --micro (now {cfg.micro or cfg.batch // processes()}), gradients stay the same"
+    except (RuntimeError, MemoryError) as e:                # the CPU's allocator raises a plain RuntimeError
+        if not isinstance(e, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in str(e):
+            raise
+        code, message = 2, f"memory is full: lower --micro (now {cfg.micro or cfg.batch // processes()}, gradients stay the same), or what else is large"
     except KeyboardInterrupt as e:
         code, message = 130, f"stopped; {e}" if str(e) else "stopped"
     else:

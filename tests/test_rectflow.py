@@ -368,6 +368,91 @@ def test_slim_and_steps(monkeypatch):
     assert Path("steps/steps.png").exists() and metrics["error_straightened_4"] >= 0
 
 
+def watch(monkeypatch, name, keep):
+    """List that grows by keep(result, *arguments) at every call of rectflow's function `name`."""
+    seen, real = [], getattr(rectflow, name)
+
+    def spy(*args, **kw):
+        out = real(*args, **kw)
+        seen.append(keep(out, *args))
+        return out
+    monkeypatch.setattr(rectflow, name, spy)
+    return seen
+
+
+@pytest.mark.parametrize("stage", ["flow", "reflow", "anneal", "guided", "distill"])
+def test_what_a_stage_trains_on_and_judges(stage, monkeypatch):
+    """Labels, law of t, distance and annealed noise reach the loss; the rate falls; everything measured is of the averaged student."""
+    train(quick(stage="flow", cond=True, out="teacher"))
+    train(quick(stage="flow", cond=True, out="large", width=32))
+    losses = watch(monkeypatch, "flow_loss", lambda _, D, z, x, t, label, sigma_init, kind: (z, t, label, kind))
+    laws = watch(monkeypatch, "draw_t", lambda _, n, law, t_max, device: (law, t_max))
+    noises = watch(monkeypatch, "anneal", lambda z, *_: z)
+    paired = watch(monkeypatch, "teacher_pairs", lambda _, cfg, teacher, *rest: teacher.net.spec["width"])
+    rates = watch(monkeypatch, "set_lr", lambda _, opt, lr: lr)
+    drawn = watch(monkeypatch, "sample", lambda _, model, *rest: model)
+    compared = watch(monkeypatch, "compare", lambda _, run, data, teacher, model, *rest: model)
+    kw = dict(large="large") if stage == "guided" else {}
+    student, _ = train(quick(stage=stage, cond=True, teacher="teacher" * (stage != "flow"), t_law="ushape", distance="huber", sigma_min=0.5,
+                             shrink=0.5, ema=0.99, **kw))
+    assert all(label.shape == (32, 8) for _, _, label, _ in losses)
+    assert {kind for *_, kind in losses[::2 if stage == "guided" else 1]} == {"l2" if stage == "flow" else "huber"}
+    straight = stage in ("reflow", "anneal")
+    assert set(laws) == ({("ushape" if straight else "uniform", 1 / 1.5)} if straight or stage == "flow" else set())
+    assert len(noises) == (4 if stage == "anneal" else 0) and all(torch.equal(z, seen[0]) for z, seen in zip(noises, losses))
+    assert paired == {"flow": [], "guided": [32]}.get(stage, [16])
+    assert rates[0] == 2e-3 and rates[-1] < 0.6 * rates[0]
+    assert drawn and all(model is student for model in drawn + compared) and len(compared) == (stage in ("flow", "reflow", "anneal"))
+
+
+def test_guide_has_a_weight_and_labels():
+    """--guide 0 and 1 train different students; the teacher's two steps are of the label."""
+    a, b = (flat(train(quick(stage="guided", teacher="exact", large="exact", guide=guide, out=f"guide{guide}"))[0]) for guide in (0.0, 1.0))
+    assert not torch.equal(a, b)
+    z, label = torch.randn(6, 2), torch.eye(8)[:6]
+    seen = []
+    D = lambda x, sigma, label: (seen.append(label), x)[1]
+    guide_loss(D, D, z, torch.full((6,), 0.5), label, 20.0)
+    assert len(seen) == 3 and all(torch.equal(y, label) for y in seen)
+
+
+def test_stages_share_budget_and_teachers(monkeypatch):
+    """A chain of three has a third of --budget each; slim's second stage distils the pairs of slim's own teacher."""
+    parts = []
+    monkeypatch.setattr(rectflow, "train_flow", lambda cfg: (parts.append(cfg), (None, None))[1])
+    train(quick(budget="30s"))
+    assert [(c.stage, c.budget) for c in parts] == [("flow", "10.00s"), ("reflow", "10.00s"), ("distill", "10.00s")]
+    parts.clear()
+    train(quick(stage="slim", teacher="exact"))
+    assert [(c.stage, c.teacher, c.large) for c in parts] == [("anneal", "exact", "exact"), ("guided", "run-anneal", "exact")]
+
+
+def test_number_of_pairs_is_part_of_their_key():
+    """Fewer pairs made before are not taken for more."""
+    data = common.load_data(quick())
+    assert [len(teacher_pairs(quick(pairs=n), GAUSS.float(), data, torch.device("cpu"))[0]) for n in (40, 64)] == [40, 64]
+
+
+def test_straightened_slopes(monkeypatch):
+    """--straighten regresses (x at the next knot - x) / (time between): from knot to knot of the teacher's solutions."""
+    monkeypatch.setattr(rectflow, "search_knots", lambda fitness, calls: uniform_knots(calls))
+    calls = watch(monkeypatch, "straighten", lambda _, run, data, teacher, path, label, times: (path, times))
+    slopes = watch(monkeypatch, "pair_distance", lambda _, v, slope, kind: slope)
+    train(quick(stage="steps", teacher="exact", straighten=True))
+    (path, times), = calls
+    want = torch.cat([(b - a) / (t - s) for a, b, s, t in zip(path, path[1:], times, times[1:])])
+    got = torch.cat(slopes)
+    assert len(times) == 5 and len(got) == 4 * 32 and torch.cdist(got, want, compute_mode="donot_use_mm_for_euclid_dist").min(1).values.max() < 1e-4
+
+
+def test_restoration_is_judged_with_labels_and_of_the_average(monkeypatch):
+    """Every restored picture and figure is of the averaged student at its input's label."""
+    seen = watch(monkeypatch, "restored", lambda _, G, x_0, t, label, level: (G, label) if not torch.is_grad_enabled() else None)
+    student, _ = train(quick(stage="restore", teacher="exact", cond=True))
+    judged = [s for s in seen if s]
+    assert len(judged) > 5 and all(G is student and label is not None for G, label in judged)
+
+
 def test_short_chain_learns_the_ring(monkeypatch):
     """
     A fraction of the default run: straightness and one Euler step's H fall far below a tenth, the distilled student has all

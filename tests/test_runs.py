@@ -286,3 +286,22 @@ def test_import_does_no_work(tmp_path):
     p = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(ROOT), "PATH": "", "PYTHONDONTWRITEBYTECODE": "1"},
                        capture_output=True, text=True)
     assert p.returncode == 0 and p.stdout == p.stderr == "" and not list(tmp_path.iterdir())
+
+
+def test_full_memory(monkeypatch):
+    """Too large a --batch is one sentence on a CPU as on a GPU; other errors of PyTorch stay what they are."""
+    import fdistill
+    code, err = main_in_process(fdistill, *QUICK, "--batch", 10**15, "--out", "run", "--teacher", "exact")
+    assert code == 2 and "memory is full: lower --micro (now 1000000000000000" in err, err
+    for error in (torch.OutOfMemoryError("CUDA out of memory"), MemoryError()):
+        def train(cfg, error=error):
+            raise error
+        monkeypatch.setattr(fdistill, "train", train)
+        code, err = main_in_process(fdistill)
+        assert code == 2 and "memory is full" in err
+
+    def broken(cfg):
+        raise RuntimeError("shapes differ")
+    monkeypatch.setattr(fdistill, "train", broken)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        main_in_process(fdistill)
