@@ -315,6 +315,7 @@ def validate(cfg):
         (times != sorted(set(times)) or times[0] != 0 or not times[-1] < 1,
          f"--times must rise from 0 and stay below 1, like 0,0.3,0.6, not {cfg.times}"),
         (cfg.times and len(times) != cfg.steps_student, f"--times has {len(times)} times, --steps_student {cfg.steps_student} calls"),
+        (cfg.stage == "steps" and cfg.pairs < 2, "--stage steps needs at least 2 --pairs: it compares sets of samples"),
         (cfg.stage == "steps" and cfg.steps_student > 8, "--stage steps looks at 2 to 8 calls"),
         (cfg.stage == "restore" and not cfg.sigma_min < cfg.level <= cfg.sigma_max,
          f"--level {cfg.level} must lie between --sigma_min and --sigma_max"),
@@ -435,7 +436,7 @@ def find_steps(cfg):
     data = load_data(cfg)
     teacher = load_teacher(cfg, data)
     run, calls = Run(cfg, "rectflow"), cfg.steps_student if cfg.steps_student > 1 else 4
-    device = run.device
+    run.cfg, device = replace(cfg, steps_student=calls), run.device                      # by which its FID is named
     noise = lambda n: (torch.randn(n, *data.shape, device=device), data.draw_label(n))
     solve = lambda D, start, knots: torch.cat([euler(D, *part, [k / FINE for k in knots], cfg.sigma_init)
                                                for part in micro_batches(cfg.micro or 1000, *start)], 1)
@@ -547,9 +548,9 @@ def train_restore(cfg):
         losses = {}
         if cfg.down > 1:
             set_lr(opt_D, cfg.lr * factor)
-            for x, label, start, u in run.parts(x, label, x_0, t * (1 - cfg.sigma_min / cfg.level)):
-                sigma, x_t = (1 - u) * cfg.level, bcast(1 - u, x) * start + bcast(u, x) * x
-                losses.update(flow=denoising_loss(D(x_t, sigma, label), x, sigma, data.sigma_data).mean())
+            for clean, y, start, u in run.parts(x, label, x_0, t * (1 - cfg.sigma_min / cfg.level)):
+                sigma, x_t = (1 - u) * cfg.level, bcast(1 - u, x) * start + bcast(u, x) * clean
+                losses.update(flow=denoising_loss(D(x_t, sigma, y), clean, sigma, data.sigma_data).mean())
                 (losses["flow"] * micro / cfg.batch).backward()
             run.add_gradients(opt_D)
             opt_D.step()
@@ -587,7 +588,8 @@ def train_restore(cfg):
 
 def call_times(G, calls):
     """Times (calls + 1,) of Euler's method from 0 to 1: those G was made for, or uniform."""
-    own = [float(t) for t in (getattr(G, "times", "") or getattr(G, "config", {}).get("times", "")).split(",") if t]
+    times = G.times if hasattr(G, "times") else getattr(G, "config", {}).get("times", "")      # a copy of the teacher keeps its config
+    own = [float(t) for t in times.split(",") if t]
     return own + [1.0] if len(own) == calls else [i / calls for i in range(calls)] + [1.0]
 
 

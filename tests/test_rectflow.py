@@ -302,7 +302,7 @@ def test_images_of_a_pair_are_flipped_together():
 
 STAGES = [dict(stage="flow", cond=True), dict(stage="reflow", t_law="ushape", distance="huber"), dict(stage="anneal", shrink=0.5),
           dict(stage="distill", steps_student=2, times="0,0.7"), dict(stage="guided", distance="huber", cond=True),
-          dict(stage="steps", straighten=True, steps_student=3), dict(stage="restore"), dict(stage="restore", down=2)]
+          dict(stage="steps", straighten=True, steps_student=3), dict(stage="restore"), dict(stage="restore", down=2, cond=True)]
 
 
 @pytest.fixture
@@ -383,6 +383,7 @@ def watch(monkeypatch, name, keep):
 @pytest.mark.parametrize("stage", ["flow", "reflow", "anneal", "guided", "distill"])
 def test_what_a_stage_trains_on_and_judges(stage, monkeypatch):
     """Labels, law of t, distance and annealed noise reach the loss; the rate falls; everything measured is of the averaged student."""
+    monkeypatch.setattr(rectflow, "FINE", 8)
     train(quick(stage="flow", cond=True, out="teacher"))
     train(quick(stage="flow", cond=True, out="large", width=32))
     losses = watch(monkeypatch, "flow_loss", lambda _, D, z, x, t, label, sigma_init, kind: (z, t, label, kind))
@@ -445,6 +446,36 @@ def test_straightened_slopes(monkeypatch):
     assert len(times) == 5 and len(got) == 4 * 32 and torch.cdist(got, want, compute_mode="donot_use_mm_for_euclid_dist").min(1).values.max() < 1e-4
 
 
+def test_a_student_has_times_of_its_own(monkeypatch):
+    """Distilled from a network straightened between BOSS's times, without --times, a student is trained and drawn at uniform ones."""
+    monkeypatch.setattr(rectflow, "search_knots", lambda fitness, calls: uniform_knots(calls))
+    train(quick(stage="steps", teacher="exact", straighten=True, steps_student=3, out="straight"))
+    student, _ = train(quick(stage="distill", teacher="straight", steps_student=3))
+    uniform = [0, 1 / 3, 2 / 3, 1]
+    assert rectflow.call_times(student, 3) == rectflow.call_times(common.load_denoiser("run", quick()), 3) == pytest.approx(uniform)
+    assert rectflow.call_times(common.load_denoiser("straight", quick()), 3) != pytest.approx(uniform)
+
+
+def test_step_sizes_are_judged_on_fresh_noise(monkeypatch):
+    """BOSS and the search see one set of the teacher's paths; what is reported is measured on another."""
+    monkeypatch.setattr(rectflow, "search_knots", lambda fitness, calls: uniform_knots(calls))
+    costs = watch(monkeypatch, "boss_costs", lambda cost, path: (cost, path[0]))
+    used = watch(monkeypatch, "boss_knots", lambda _, cost, calls: cost)
+    starts = watch(monkeypatch, "euler", lambda _, D, z, label, times, sigma_init: z)
+    train(quick(stage="steps", teacher="exact"))
+    (fresh, judged), (own, searched) = costs
+    assert len(used) == 7 and all(cost is own for cost in used) and not torch.equal(judged, searched)
+    assert all(torch.equal(z, judged) for z in starts[2:2 + 21])                # three choices of 2 to 8 calls
+
+
+def test_the_restoring_flow_stays_above_the_lowest_level(monkeypatch):
+    """--down: the flow from input to clean sample is fitted from --level down to --sigma_min."""
+    levels = watch(monkeypatch, "denoising_loss", lambda _, d, x, sigma, sigma_data: sigma)
+    train(quick(stage="restore", teacher="exact", down=2, sigma_min=0.3, level=0.5, batch=256))
+    seen = torch.cat(levels)
+    assert 0.3 <= seen.min() < 0.31 and 0.49 < seen.max() <= 0.5
+
+
 def test_restoration_is_judged_with_labels_and_of_the_average(monkeypatch):
     """Every restored picture and figure is of the averaged student at its input's label."""
     seen = watch(monkeypatch, "restored", lambda _, G, x_0, t, label, level: (G, label) if not torch.is_grad_enabled() else None)
@@ -485,7 +516,7 @@ def test_short_restoration_is_monotone():
     (dict(stage="flow", teacher="exact"), "leave --teacher away"), (dict(rounds=0), "--rounds"), (dict(pairs=0), "--pairs"),
     (dict(sigma_init=30.0), "--sigma_init"), (dict(sigma_init=0.01), "--sigma_init"), (dict(shrink=0.0), "--shrink"),
     (dict(guide=-1.0), "--guide"), (dict(times="0,x", steps_student=2), "--times"), (dict(times="0.2,0.5", steps_student=2), "--times"),
-    (dict(times="0,0.5"), "2 times"), (dict(stage="steps", steps_student=9), "2 to 8"), (dict(stage="restore", level=0.01), "--level"),
+    (dict(times="0,0.5"), "2 times"), (dict(stage="steps", steps_student=9), "2 to 8"), (dict(stage="steps", pairs=1), "2 --pairs"), (dict(stage="restore", level=0.01), "--level"),
     (dict(stage="restore", down=3), "--down"), (dict(stage="distill", teacher="nowhere"), "no such file")])
 def test_bad_input(kw, words):
     """Impossible combinations end in one sentence, before anything is written."""
@@ -518,6 +549,7 @@ def test_images_end_to_end(tmp_path, monkeypatch):
     for name in ("search_knots", "boss_knots"):
         monkeypatch.setattr(rectflow, name, lambda c, calls: uniform_knots(calls))
     cfg = dataclasses.replace(cfg, teacher="run-flow")
-    train(dataclasses.replace(cfg, stage="steps", out="steps"))
+    train(dataclasses.replace(cfg, stage="steps", out="steps", fid="tiny.pt"))
+    assert math.isfinite(json.loads(Path("steps/metrics.json").read_text())["fid4_train100_4_steps"])
     train(dataclasses.replace(cfg, stage="restore", down=4, out="restore"))
     assert math.isfinite(json.loads(Path("restore/metrics.json").read_text())["error_t0.5"]) and Path("steps/samples.png").exists()
