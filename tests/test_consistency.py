@@ -560,7 +560,7 @@ def test_sampling_settings_and_foreign_runs():
 
 def test_labels_of_unequal_classes():
     """Two calls are measured with the data's labels: at --cond the share of a class is its weight, not one in eight."""
-    student, run = train(quick(loss="cd", data="unequal", cond=True, steps=150, batch=256, teacher_steps=400, samples=2000, width=64, every=150))
+    student, run = train(quick(loss="cd", data="unequal", cond=True, steps=80, batch=256, teacher_steps=300, samples=2000, width=64, every=150))
     metrics = json.loads((run.dir / "metrics.json").read_text())
     assert metrics["H_2_steps"] < 2 * metrics["H"] + 0.005, metrics
 
@@ -595,7 +595,7 @@ def test_images_end_to_end(tmp_path, monkeypatch):
     """Two CPU steps on files in CIFAR-10's format, with labels, dropout and micro-batches: a student that moved, picture, samples in two calls."""
     write_cifar(tmp_path / "data")
     monkeypatch.setattr(common.gallery, "__defaults__", (4,))
-    for loss in ("cd", "sprint", "boot"):                                   # one teacher for all; sprint has scd's derivative
+    for loss in ("sprint", "boot"):                                         # one teacher for both; sprint has scd's derivative
         student, run = train(Config(data="cifar10", data_dir="data", device="cpu", net="small", width=8, cond=True, steps=2, batch=4, micro=2,
                                     N=4, teacher_steps=2, samples=4, every=2, dropout=0.1, ema=0.0, loss=loss, out=loss))
         start = common.load_denoiser(next(common.Path("runs").glob("teacher-*")), run.cfg)
