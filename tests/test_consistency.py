@@ -560,7 +560,7 @@ def test_sampling_settings_and_foreign_runs():
 
 def test_labels_of_unequal_classes():
     """Two calls are measured with the data's labels: at --cond the share of a class is its weight, not one in eight."""
-    student, run = train(quick(loss="cd", data="unequal", cond=True, steps=80, batch=256, teacher_steps=300, samples=2000, width=64, every=150))
+    student, run = train(quick(loss="cd", data="unequal", cond=True, steps=150, batch=256, teacher_steps=400, samples=2000, width=64, every=150))
     metrics = json.loads((run.dir / "metrics.json").read_text())
     assert metrics["H_2_steps"] < 2 * metrics["H"] + 0.005, metrics
 
