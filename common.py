@@ -1720,6 +1720,7 @@ def draw_gif(folder):
 def draw(cfg, sample):
     """--sample: --samples of the student in a run's folder, as draw.npy and draw.png there."""
     student = load_denoiser(cfg.sample, cfg)
+    student.config = dataclasses.asdict(cfg)            # the run's own, and the flags given now
     torch.manual_seed(cfg.seed)
     x = sample(student, cfg.samples)
     write_atomically(Path(cfg.sample) / "draw.npy", lambda f: np.save(f, x.cpu().numpy()))

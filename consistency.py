@@ -1,556 +1,479 @@
 """
-The consistency family: ten losses for one student that jumps along the probability-flow ODE of a diffusion model.
+The consistency family: eight losses for a student that jumps along a diffusion model's ODE.
 
-Noise levels are sigma, x_t = x + sigma eps, and D(x_t, sigma) a denoiser; the ODE is dx/dsigma = (x_t - D) / sigma. A
-consistency function f(x_t, sigma) is where that path ends at sigma = 0: f(x, 0) = x, and it is one value along a path.
-Any denoiser has the right form (EDM's c_skip is 1 and c_out 0 at sigma 0), so the student *is* one and starts as the
-teacher. Every loss compares f at two points of a path, the lower one held fixed:
+D(x_t, sigma) is a denoiser at x_t = x + sigma eps; the ODE is dx/dsigma = (x_t - D) / sigma. A
+consistency function says where the path through x_t ends: it is x_t at sigma 0 and one value along
+a path. Any denoiser has the right form (EDM's c_skip is 1 and c_out 0 at sigma 0), so the student G
+*is* one, and starts as the teacher. A loss compares G at two points of a path, the lower one fixed:
 
     --loss    the lower point                              paper
     cd        one solver step of the teacher below         consistency distillation, 2303.01469
-    ct        x + sigma' eps, same eps, no teacher         improved consistency training (iCT), 2310.14189
-    ect       the same; the ratio sigma' / sigma grows     easy consistency tuning, 2406.14548
+    ct        x + sigma' eps, same eps, no teacher         improved training (iCT), 2310.14189
+    ect       the same; sigma' / sigma grows towards 1     easy consistency tuning, 2406.14548
     scd       infinitely near, by a JVP, teacher's slope   sCM in TrigFlow, 2410.11081
     sct       infinitely near, by a JVP, slope of x, eps   sCM in TrigFlow, 2410.11081
     sprint    as scd, and a GAN on the teacher's features  SANA-Sprint, 2503.09641
-    scott     as cd by noisy solver steps, --eta           stochastic consistency distillation, 2403.01505
-    ctm       some solver steps; jumps t to any s          consistency trajectory, 2310.02279
-    meanflow  infinitely near; jumps t to any s            mean flows, 2505.13447, here with the teacher's velocity
-    boot      where the student itself says the path is    BOOT, 2306.05544; from noise alone, no data
+    ctm       a solver step; jumps from t to any s         consistency trajectory, 2310.02279
+    meanflow  infinitely near; jumps from t to any s       mean flows, 2505.13447
 
-ctm, meanflow and boot see a second time s, as further inputs beside the label: Phi(x_t, t, s) = s/t x_t + (1 - s/t) g.
+ctm and meanflow see s as well: Phi(x_t, t, s) = s/t x_t + (1 - s/t) G(x_t, t, label, second).
 
-Differences from the papers and their code: 1. The boundary is at sigma 0 for all (as in ECT); 2303.01469 shifts c_skip and
-c_out by sigma_min. The teacher's last step to 0 is Euler's. 2. No LPIPS. On toys cd and scott take 8 steps (at 300 updates 18
-are worse), cd the squared error (ring: H 0.0006; pseudo-Huber 0.0009), scott, whose targets are random, pseudo-Huber (0.0015;
-squared error 0.0025). 3. ct's curriculum ends at 160 steps on toys; there is no RAdam, Adam's betas are 0.9, 0.99. 4. sCM's F
-is read off the denoiser, with EDM's c_noise ln(sigma) / 4 for t; the tangent is computed in fp32, its norm is over a whole
-sample, and no 1 / tan t multiplies the loss again; levels outside sigma_min .. sigma_max go to the ends. 5. ctm takes one
-solver step instead of several, its outer map is the student held fixed, not an EMA; squared error; no GAN, and a fixed weight
-for the denoising term, which looks at the jump's own t. 6. meanflow distils the teacher's velocity, the paper trains on that of
-data; r is uniform below t. 7. boot works in sigma, where x_T = T eps makes the paper's boundary condition the first slope; its
-jump is Phi, not y; half of its paths start where a further call does, from its own samples noised to --mid or below: with all
-from pure noise a second call made H ten times worse. 8. scott has no GAN. 9. sprint's student is updated together with each
-update of the discriminator's head, which has a logit for each of two calls: half of its batch comes from the highest level, half
-from --mid, where the paper has a law of levels; with one logit the errors of one call could make up for those of the other. What
-the head sees is noised by --p_mean, --p_std (paper: -0.6, 1). 10. All losses that draw levels share the law of --p_mean, --p_std,
-for images ECT's (sCM: -1, 1.4 and 1.6); ect has no further weight for ImageNet-64. 11. The rate falls to 0 over the last half.
+    python consistency.py                           # cd, ring: half a minute, H about 0.0006
+    python consistency.py --loss scd --nfe 2        # another loss, measured by two network calls
+    python consistency.py --data cifar10 --loss ect --teacher edm-cifar10-32x32-uncond-vp.pkl
 
-    python consistency.py                               # cd on a ring of 8 Gaussians
-    python consistency.py --loss scd --nfe 2            # another member; metrics and picture with two network calls
-    python consistency.py --sample runs/consistency-ring-0 --nfe 2 --samples 64
-    python consistency.py --data cifar10 --loss ect     # full size: not yet run
+Differences from the papers and their code: 1. The boundary is at sigma 0 (as in ECT); CM shifts it
+to sigma_min. The teacher's last step, to 0, is Euler's.  2. The lower point sees the student's own
+weights; CM has an EMA of them on ImageNet-64 (0.95), CTM too (0.999).  3. No LPIPS; cd and ctm take
+the squared error.  4. Adam with betas (0.9, 0.99) for RAdam; the rate falls to 0 over the last
+half; the EMA warms up, then is constant.  5. sCM: F is read off the denoiser, with EDM's c_noise
+ln(sigma) / 4 for t; no 1 / tan t multiplies the loss again; its weight is a table over 16 bins of
+levels.  6. Levels of the law of p_mean and p_std outside sigma_min .. sigma_max go to the ends.  7.
+ImageNet-64: no dropout (ECT and sCT: 0.4 and more at 16x16 and below), no further weight in ect. 8.
+sprint: one feature of the teacher (Sana: four); sCM's law of levels; one update of the head per
+student update.  9. ctm: one solver step, not several; the denoising loss has a fixed weight and the
+jump's levels; no GAN; s is embedded as s / t.  10. meanflow distils the teacher's velocity;
+--velocity data trains from scratch as in the paper. r is uniform below t (paper: the lower of two
+draws); embedded is r, not t - r.  11. Images: one GPU, a day (papers: from 400,000 x 512).
 """
 import copy
 import math
+import warnings
 from collections import namedtuple
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
 
-from common import (EMA, IMAGES, TOYS, Block, Denoiser, Run, Shared, UserError, bcast, build, denoising_loss, energy_coefficient, gallery,
-                    initial_student, karras, karras_sigmas, load_data, load_teacher, lr_factor, main, micro_batches, place, report, set_lr,
-                    trigflow_from_denoiser, velocity_from_denoiser)
-
-# What a loss calls for on toys where the flag is left at -1. mid is the second level of sampling, in units of the data's std: where
-# H was lowest of the levels tried; for sprint, scott and meanflow the papers'.
-AUTO = {
-    "cd": dict(N=8, c=0.0, mid=0.7),
-    "ct": dict(N=160, mid=1.0),
-    "ect": dict(mid=0.7),
-    "scd": dict(lr=2e-4, mid=1.0), "sct": dict(lr=2e-4, mid=1.0),       # normalised tangents do not shrink: scd
-    "sprint": dict(lr=2e-4, mid=1.56),                                  # has H 0.007 at 2e-3, 0.0004 at 5e-4, 0.0002 at 2e-4
-    "scott": dict(N=8, c=0.03, mid=2.76),
-    "ctm": dict(N=18, c=0.0, mid=2.0),
-    "meanflow": dict(mid=2.76),
-    "boot": dict(N=18, c=0.0, mid=1.0),
-}
-# The papers' for images, which go before: cd's levels and rate of 2303.01469 (sigma 1.382), ct's of iCT (0.821), the others' of
-# ECT and sCM (t = 1.1, SANA-Sprint's 1.0)
-IMAGE_MID = dict(cd=2.76, ct=1.64, ect=1.64, scd=1.96, sct=1.96, ctm=2.76, boot=2.76)
-IMAGE_AUTO = {
-    "cifar10": {"cd": dict(N=18, c=0.0, lr=4e-4), "scott": dict(N=18, c=0.0, lr=4e-4), "ctm": dict(lr=4e-4), "ct": dict(N=1280)},
-    "imagenet64": {"cd": dict(N=40, c=0.0, lr=8e-6), "scott": dict(N=40, c=0.0, lr=8e-6), "ctm": dict(N=39),
-                   "ct": dict(N=1280, mid=3.05), "ect": dict(mid=3.05), **{loss: dict(lr=7e-5) for loss in ("scd", "sct", "sprint")}},
-}
-SECOND_TIME = ("ctm", "meanflow", "boot")
-TANGENT = ("scd", "sct", "sprint")              # sCM and what builds on it
+from common import (Block, Denoiser, Run, Shared, begin, build, denoising_loss, draw_label,
+                    energy_coefficient, gallery, in_parts, initial_student, karras_sigmas, level,
+                    load_data, load_teacher, main, need, set_lr, update_ema)
 
 
-@dataclass
+@dataclass(init=False)
 class Config(Shared):
-    loss: str = "cd"            # cd | ct | ect | scd | sct | sprint | scott | ctm | meanflow | boot: member of the family
     steps: int = 1400
     batch: int = 512
-    lr: float = -1.0            # learning rate; -1: as --loss
+    lr: float = 2e-3
     ema: float = 0.995
-    sigma_init: float = -1.0    # noise level the student starts from; it is --sigma_max, where -1 puts it
+    loss: Literal["cd", "ct", "ect", "scd", "sct", "sprint", "ctm", "meanflow"] = "cd"  # which one
     nfe: int = 1                # network calls per sample when drawing: any number works
-    mid: float = -1.0           # level of the second call in units of the data's std, halved for each further one; -1: as --loss
-    N: int = -1                 # solver steps of the teacher's path (cd, scott, ctm, boot), final number of steps (ct); -1: as --loss
-    solver: str = "heun"        # heun | euler: the teacher's step (cd, ctm)
-    c: float = -1.0             # width of the pseudo-Huber distance, 0: squared error; -1: as --loss
-    target_ema: float = 0.0     # decay per step of the target network; 0: the student as it is
+    mid: float = 0.7            # level of the second call, in units of the data's std; then halved
+    gamma: float = 0.0          # ctm, meanflow: share of fresh noise between calls; others have 1
+    N: int = 8                  # cd, ctm: the teacher's Heun steps along the whole path
+    huber: bool = False         # cd, ct, ect, ctm: pseudo-Huber distance instead of mean square
+    c: float = 0.00076          # its width, 0.00054 sqrt(numbers in x) in iCT; 0: the plain norm
     p_mean: float = -0.4        # mean of ln sigma (ct, ect, scd, sct, sprint, meanflow)
-    p_std: float = 1.2          # std of ln sigma
+    p_std: float = 1.2          # its std
+    s0: int = 10                # ct: steps in the first stage, doubled in each further one
+    s1: int = 160               # ct: steps in the last
     q: float = 2.0              # ect: 1 - sigma'/sigma shrinks by this factor from stage to stage
     stages: int = 4             # ect: number of stages
-    s0: int = 10                # ct: number of steps in the first stage
-    warmup: float = 0.2         # sCM: share of the training in which the tangent's second term comes in
-    eta: float = 0.1            # scott: noise of the teacher's step, 0: cd
-    gamma: float = -1.0         # ctm, meanflow: fresh noise when sampling, 0: none, as -1 in training, 1: all, as consistency models do
-    dsm: float = 0.1            # ctm: weight of the denoising loss
-    adv: float = -1.0           # sprint: weight of the adversarial term; -1: the paper's 0.5, on toys 1
+    warmup: float = 0.2         # sCM: share of the run in which the tangent's second term comes in
+    adv: float = 1.0            # sprint: weight of the adversarial term
     lr_disc: float = 2e-3       # sprint: learning rate of the discriminator's head
+    dsm: float = 0.1            # ctm: weight of the denoising loss
+    velocity: Literal["teacher", "data"] = "teacher"    # meanflow: whose; data: from scratch
+    equal: float = 0.5          # meanflow: share of samples with r = t
+    power: float = 1.0          # meanflow: loss is error / (error + floor)^power
+    floor: float = 0.01         # meanflow: see there
     dropout: float = 0.0        # dropout in the student (images)
 
-    def __post_init__(self):
-        shape = TOYS[self.data].shape if self.data in TOYS else IMAGES.get(self.data, [(1,)])[0]
-        huber = 0.00054 * math.prod(shape) ** 0.5                       # iCT, Sec. 3.3
-        values = {"c": huber, "lr": 2e-3, "adv": 1.0, "gamma": 0.0, **AUTO.get(self.loss, {}), "sigma_init": self.sigma_max}
-        if self.data not in TOYS:
-            values |= {"lr": 1e-4, "adv": 0.5, "mid": IMAGE_MID.get(self.loss, values.get("mid")),
-                       **IMAGE_AUTO.get(self.data, {}).get(self.loss, {})}
-        for name, value in values.items():
-            if getattr(self, name) == -1 and not (self.sample and name in ("mid", "gamma")):        # --sample: -1 is as trained
-                setattr(self, name, value)
 
-
+SMALL = dict(net="small", teacher_steps=4000, steps=2000, batch=32, lr=5e-4, ema=0.99, N=18,
+             mid=1.64, p_mean=-0.8, p_std=1.6, sigma_min=0.01, sigma_max=80.0, sigma_init=80.0,
+             lr_disc=1e-3, adv=0.5, samples=5000)
+LARGE = dict(flip=True, batch=128, ema=0.9999, sigma_min=0.002, sigma_max=80.0, sigma_init=80.0,
+             s1=1280, mid=1.96, adv=0.5, lr_disc=1e-4, every=5000, samples=50_000)
 PRESETS = {
-    **{name: {} for name in TOYS},
-    # Karras et al.'s noise levels; steps and batch of 2303.01469, law of sigma of ECT. Not yet run at this size.
-    "cifar10": dict(net="ddpmpp", teacher_steps=100_000, steps=800_000, batch=512, ema=0.9999, stages=8, sigma_min=0.002,
-                    sigma_max=80.0, p_mean=-1.1, p_std=2.0, every=10_000, samples=50_000),
-    # The same sources for ImageNet-64 (2303.01469's cd has --target_ema 0.95). It wants --teacher edm-imagenet-64x64-cond-adm.pkl;
-    # --micro 16 is a guess for 80 GB, less than sim.py's 26 there: derivatives forward want room. Not yet run.
-    "imagenet64": dict(net="adm", cond=True, steps=600_000, batch=2048, micro=16, ema=0.999943, sigma_min=0.002, sigma_max=80.0,
-                       p_mean=-0.8, p_std=1.6, q=4.0, every=10_000, samples=50_000),
+    # mid: where H by two calls was lowest. Normalised tangents do not shrink: lr
+    "ct": dict(huber=True, mid=1.0),
+    "ect": dict(huber=True),
+    "scd": dict(lr=2e-4, mid=1.0),
+    "sct": dict(lr=2e-4, mid=1.0),
+    "sprint": dict(lr=2e-4, mid=1.56),
+    "ctm": dict(N=18, mid=2.0),
+    "meanflow": dict(mid=2.76),
+    "meanflow data": dict(lr=5e-4, equal=0.75),
+    "mnist": dict(SMALL, c=0.015, cond=True),
+    "images": dict(SMALL, c=0.03),
+    # One GPU, 3 to 6 hours. Rates, levels, dropout, sCM's 10,000 steps of warm-up: the papers'
+    "cifar10": dict(LARGE, net="ddpmpp", teacher_steps=100_000, steps=200_000, lr=1e-4, p_mean=-1.0,
+                    p_std=1.4, warmup=0.05),
+    "cifar10 cd": dict(N=18, lr=4e-4, mid=2.76),
+    "cifar10 ct": dict(p_mean=-1.1, p_std=2.0, mid=1.64, c=0.03, dropout=0.3),
+    "cifar10 ect": dict(p_mean=-1.1, p_std=2.0, mid=1.64, c=0.0, stages=8, dropout=0.2),
+    "cifar10 sct": dict(dropout=0.2),
+    "cifar10 sprint": dict(mid=1.56, steps=100_000, warmup=0.1),
+    "cifar10 ctm": dict(N=18, lr=4e-4, mid=2.76, steps=100_000),
+    "cifar10 meanflow": dict(p_mean=-2.0, p_std=2.0, mid=2.76, lr=6e-4, equal=0.25, power=0.75,
+                             floor=1e-3, dropout=0.2),
+    # One GPU, 8 to 16 hours; --teacher edm-imagenet-64x64-cond-adm.pkl
+    "imagenet64": dict(LARGE, net="adm", cond=True, steps=100_000, accumulate=4, lr=7e-5, c=0.06,
+                       p_mean=-1.0, p_std=1.6, warmup=0.1),
+    "imagenet64 cd": dict(N=40, lr=8e-6, mid=2.76),
+    "imagenet64 ect": dict(p_mean=-0.8, mid=3.05, lr=1e-4, q=4.0),
+    "imagenet64 sprint": dict(mid=1.56, steps=50_000, warmup=0.2),
+    "imagenet64 ctm": dict(N=39, lr=4e-4, mid=2.76, steps=50_000),
 }
 
-# ---- the method ------------------------------------------------------------------------------------------------------
-# A loss takes the student G, the same network held fixed `minus`, the teacher, a Draw, cfg and progress in [0, 1), and
-# returns the loss (B,) and the level sigma (B,) that it looked at. u and w are uniform, eps and more normal.
+# ---- the method ----------------------------------------------------------------------------------
+# A loss (B,) is a function of the student G, of `minus`, which has G's weights and does not learn,
+# of the teacher, of what is random about a batch, and of the share of the training that is over.
 
-Draw = namedtuple("Draw", "eps x label u w more")
-
-
-def f(G, x_t, sigma, label=None):
-    """The consistency function (B, ...): G itself, and x_t where sigma is 0."""
-    return torch.where(bcast(sigma, x_t) > 0, G(x_t, sigma.clamp(min=1e-6), label), x_t)
-
-
-def second_time(t, s, label=None):
-    """What a network with a second time sees beside t: the label, and six smooth functions of s and t, (B, K + 6)."""
-    a, b = math.pi * s / t, 2 * torch.arctan(2 * s)
-    more = torch.stack([s / t, a.sin(), a.cos(), b / math.pi, b.sin(), b.cos()], 1)
-    return more if label is None else torch.cat([label.to(more), more], 1)
-
-
-def jump(G, x_t, t, s, label=None):
-    """Phi (B, ...): the path through x_t at level t, at level s (CTM, Eq. 6). Exact for s = t; with s = 0 it is f."""
-    ratio = bcast(s / t, x_t)
-    return ratio * x_t + (1 - ratio) * G(x_t, t, second_time(t, s, label))
-
-
-def distance(a, b, c):
-    """Per-sample distance (B,): mean square for c = 0, else pseudo-Huber sqrt(|a - b|^2 + c^2) - c (iCT, Eq. 8)."""
-    square = (a - b).square().flatten(1).sum(1)
-    return (square + c**2).sqrt() - c if c else square / a[0].numel()
-
-
-def solver_step(D, x_t, sigma, lower, label, order="heun"):
-    """The ODE of D from level sigma to lower, by Euler, or by Heun where lower > 0 (EDM, Algorithm 1)."""
-    slope = (x_t - D(x_t, sigma, label)) / bcast(sigma, x_t)
-    x = x_t + bcast(lower - sigma, x_t) * slope
-    if order == "heun":
-        slope_2 = (x - D(x, lower.clamp(min=1e-6), label)) / bcast(lower.clamp(min=1e-6), x)
-        x = torch.where(bcast(lower, x) > 0, x_t + bcast(lower - sigma, x_t) * (slope + slope_2) / 2, x)
-    return x
-
-
-def noisy_step(D, x_t, sigma, lower, label, eta, eps):
-    """One step of the SDE from level sigma to lower; eta = 0 is Euler's step of the ODE (DDIM's eta)."""
-    up = eta * lower * (1 - (lower / sigma) ** 2).sqrt()
-    d = D(x_t, sigma, label)
-    return d + bcast((lower**2 - up**2).sqrt() / sigma, x_t) * (x_t - d) + bcast(up, x_t) * eps
+Draw = namedtuple("Draw", "x label eps u w")    # eps normal (B, ...), u and w uniform (B, 1, ...)
 
 
 def same_dropout(x):
-    """Inside, random numbers are drawn that come again after it: two networks get one dropout mask, on CPU and CUDA."""
-    return torch.random.fork_rng([x.device] if x.device.type == "cuda" else [])
+    """Random numbers drawn inside come again after it: two passes get one dropout mask."""
+    return torch.random.fork_rng([x.device] if x.is_cuda else [])
+
+
+def distance(a, b, cfg):
+    """Distance (B,): mean square, or sqrt(|a - b|^2 + c^2) - c (iCT, Eq. 8), for c = 0 the norm."""
+    y = (a - b).flatten(1)
+    if cfg.huber:                                       # as a norm: its gradient at 0 is 0, not NaN
+        return F.pad(y, (0, 1), value=cfg.c).norm(dim=1) - cfg.c
+    return y.square().mean(1)
+
+
+def solver_step(D, x_t, sigma, lower, label):
+    """The ODE of D from level sigma to lower: a step of Heun, or of Euler to 0 (EDM, Alg. 1)."""
+    slope = (x_t - D(x_t, sigma, label)) / sigma
+    x = x_t + (lower - sigma) * slope
+    slope_lower = (x - D(x, lower, label)) / lower
+    return torch.where(lower > 0, x_t + (lower - sigma) * (slope + slope_lower) / 2, x)
 
 
 def lognormal(u, cfg):
-    """Levels (B,) with ln sigma normal, of uniform u (B,); what lies outside goes to the ends."""
-    return (cfg.p_mean + cfg.p_std * torch.special.ndtri(u)).exp().clamp(cfg.sigma_min, cfg.sigma_max)
+    """Levels with ln sigma normal, of uniform u; what lies outside goes to the ends."""
+    sigma = (cfg.p_mean + cfg.p_std * torch.special.ndtri(u)).exp()
+    return sigma.clamp(cfg.sigma_min, cfg.sigma_max)
 
 
-def grid_pair(u, cfg, top=None):
-    """Neighbours sigma > lower (B,) on Karras's grid of N levels and 0, each pair as likely; top (B,): instead of sigma_max."""
-    i, top = (u * cfg.N).long(), cfg.sigma_max if top is None else top.double()
-    level = lambda i: torch.where(i < cfg.N, karras(1 - i.double() / (cfg.N - 1), cfg.sigma_min, top), 0.0).to(u)
-    return level(i), level(i + 1)
+def cd_levels(u, cfg, progress):
+    """Neighbours sigma > lower on Karras's grid of N levels and 0, all as likely (CM, Alg. 2)."""
+    grid = karras_sigmas(cfg.N, cfg.sigma_min, cfg.sigma_max, u.device).to(u)
+    i = (u * cfg.N).long()
+    return grid[i], grid[i + 1]
 
 
-def cd_loss(G, minus, teacher, b, cfg, progress):
-    """Consistency distillation (2303.01469, Eq. 7)."""
-    sigma, lower = grid_pair(b.u, cfg)
-    x_t = b.x + bcast(sigma, b.x) * b.eps
-    with torch.no_grad(), same_dropout(x_t):
-        x_lower = solver_step(teacher, x_t, sigma, lower, b.label, cfg.solver)
-        target = f(minus, x_lower, lower, b.label)
-    return distance(f(G, x_t, sigma, b.label), target, cfg.c), sigma
-
-
-def scott_loss(G, minus, teacher, b, cfg, progress):
-    """Stochastic consistency distillation (2403.01505): three noisy sub-steps of the teacher. eta = 0 is cd with three of Euler's."""
-    sigma, lower = grid_pair(b.u, cfg)
-    x_t = b.x + bcast(sigma, b.x) * b.eps
-    with torch.no_grad(), same_dropout(x_t):
-        x_lower = x_t
-        for k, eps in enumerate(b.more.unbind(1)):
-            start, end = (sigma + (lower - sigma) * j / b.more.shape[1] for j in (k, k + 1))
-            x_lower = noisy_step(teacher, x_lower, start, end, b.label, cfg.eta, eps)
-        target = f(minus, x_lower, lower, b.label)
-    return distance(f(G, x_t, sigma, b.label), target, cfg.c), sigma
-
-
-def ct_loss(G, minus, teacher, b, cfg, progress):
-    """Improved consistency training (2310.14189, Eq. 5 to 11): no teacher, steps double, weight 1 / (sigma - sigma')."""
-    stages = math.log2(cfg.N // cfg.s0) + 1
-    grid = karras_sigmas(min(cfg.s0 * 2 ** int(progress * stages), cfg.N), cfg.sigma_min, cfg.sigma_max, device=b.u.device)
+def ct_levels(u, cfg, progress):
+    """The same on a grid whose steps double, as likely as a normal law of ln sigma has it (iCT)."""
+    stage = int(progress * (math.log2(cfg.s1 // cfg.s0) + 1))                       # Eq. 11
+    grid = karras_sigmas(min(cfg.s0 * 2**stage, cfg.s1), cfg.sigma_min, cfg.sigma_max, u.device)
     share = torch.special.erf((grid.log() - cfg.p_mean) / (2**0.5 * cfg.p_std)).diff().neg()
-    i = torch.searchsorted((share / share.sum()).cumsum(0), b.u.double()).clamp(max=len(share) - 1)
-    sigma, lower = grid[i].to(b.x), grid[i + 1].to(b.x)
-    x_t = b.x + bcast(sigma, b.x) * b.eps
-    with torch.no_grad(), same_dropout(x_t):
-        target = f(minus, b.x + bcast(lower, b.x) * b.eps, lower, b.label)
-    return distance(f(G, x_t, sigma, b.label), target, cfg.c) / (sigma - lower), sigma
+    edges = (share / share.sum()).cumsum(0)                                         # Eq. 10
+    i = torch.searchsorted(edges, u.double()).clamp(max=len(share) - 1)
+    return grid[i].to(u), grid[i + 1].to(u)
 
 
-def ect_loss(G, minus, teacher, b, cfg, progress):
-    """Easy consistency tuning (2406.14548, Sec. 3): no grid, sigma' / sigma goes from 0 (diffusion) towards 1."""
-    sigma = lognormal(b.u, cfg)
-    gap = cfg.q ** -(int(progress * cfg.stages) + 1.0) * (1 + 8 * torch.sigmoid(-sigma))
-    lower = sigma * (1 - gap).clamp(min=0)
-    x_t = b.x + bcast(sigma, b.x) * b.eps
+def ect_levels(u, cfg, progress):
+    """No grid: the ratio lower / sigma goes from 0, which is diffusion, towards 1 (ECT, Sec. 3)."""
+    stage = min(int(progress * cfg.stages), cfg.stages - 1)
+    sigma = lognormal(u, cfg)
+    gap = cfg.q ** -(stage + 1.0) * (1 + 8 * torch.sigmoid(-sigma))
+    return sigma, sigma * (1 - gap).clamp(min=0)
+
+
+def pair_loss(G, minus, teacher, b, cfg, progress):
+    """cd (CM, Eq. 7), ct (iCT, Eq. 5) and ect: G at sigma is to give what minus gives at lower."""
+    levels = dict(cd=cd_levels, ct=ct_levels, ect=ect_levels)[cfg.loss]
+    sigma, lower = levels(b.u, cfg, progress)                                       # (B, 1, ...)
+    x_t = b.x + sigma * b.eps
     with torch.no_grad(), same_dropout(x_t):
-        target = f(minus, b.x + bcast(lower, b.x) * b.eps, lower, b.label)
-    return distance(f(G, x_t, sigma, b.label), target, cfg.c) / (sigma - lower), sigma
+        x_lower = b.x + lower * b.eps
+        if cfg.loss == "cd":
+            x_lower = solver_step(teacher, x_t, sigma, lower, b.label)
+        target = minus(x_lower, lower, b.label)
+    loss = distance(G(x_t, sigma, b.label), target, cfg)
+    return loss if cfg.loss == "cd" else loss / (sigma - lower).flatten()
+
+
+class TwoPasses(TorchFunctionMode):
+    """Forward derivatives by two passes; PyTorch's rule for layers takes a third, for weights."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.group_norm:                    # its rule wants contiguous tensors
+            args = (args[0].clone(memory_format=torch.contiguous_format), *args[1:])
+        attention = F.scaled_dot_product_attention      # the fused one has no rule
+        if kwargs or function not in (attention, F.conv2d, F.linear):
+            return function(*args, **kwargs or {})
+        x, *rest = args
+        if function is attention:
+            return (x @ rest[0].mT / x.shape[-1] ** 0.5).softmax(-1) @ rest[1]
+        x, dx = forward_ad.unpack_dual(x)
+        out = function(x, *rest)
+        if dx is None:
+            return out
+        return forward_ad.make_dual(out, function(dx, rest[0], None, *rest[2:]))
 
 
 def jvp(function, inputs, tangents):
-    """torch.func.jvp for networks: fused attention knows no forward derivative, group norm only on contiguous tensors."""
-    plain = lambda m, x: (x[0].clone(memory_format=torch.contiguous_format),) if isinstance(m, nn.GroupNorm) else None
-    hook = nn.modules.module.register_module_forward_pre_hook(plain)
-    try:
-        with nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
-            return torch.func.jvp(function, inputs, tangents)
-    finally:
-        hook.remove()
+    """(value, derivative along the tangents) of function(*inputs); convolutions without TF32."""
+    precise = torch.backends.cudnn.flags(True, allow_tf32=False)
+    with warnings.catch_warnings(), forward_ad.dual_level(), TwoPasses(), precise:
+        warnings.simplefilter("ignore")                 # PyTorch's own rules are TorchScript
+        dual = [forward_ad.make_dual(x, dx) for x, dx in zip(inputs, tangents)]
+        return forward_ad.unpack_dual(function(*dual))
 
 
-def in_fp32(D):
-    """The same network, whatever --dtype: bf16 is too coarse for derivatives."""
-    return Denoiser(D.net, D.sigma_data) if isinstance(D, Denoiser) else D
+def trigflow(D, x_t, t, label, sd):
+    """TrigFlow's F (B, ...) of a denoiser D at x_t = cos t x + sin t sd eps (sCM, Sec. 3)."""
+    return (t.cos() * x_t - D(x_t / t.cos(), sd * t.tan(), label)) / (sd * t.sin())
 
 
-def tangent(D, x_t, t, slope, label, sigma_data, r=1.0):
-    """
-    cos t times df/dt (B, ...) of f = cos t x_t - sin t sd F along the path with dx/dt = slope, its second term times r
-    (2410.11081, Eq. 6 and App. E): -cos^2 t (sd F - dx/dt) - r (cos t sin t x_t + sd cos t sin t dF/dt).
-    """
-    cos, sin = bcast(t.cos(), x_t), bcast(t.sin(), x_t)
-    F_trig = lambda x, t: trigflow_from_denoiser(D, x, t, label, sigma_data)
-    out, dF = jvp(F_trig, (x_t, t), (cos * sin * slope, t.cos() * t.sin()))
-    return -cos**2 * (sigma_data * out - slope) - r * (cos * sin * x_t + sigma_data * dF)
+def tangent(D, x_t, t, slope, label, sd, r=1.0):
+    """cos t df/dt of f = cos t x_t - sin t sd F along dx/dt = slope (sCM, Eq. 6); r: warm-up."""
+    cos, sin = t.cos(), t.sin()
+    out, dF = jvp(lambda x_t, t: trigflow(D, x_t, t, label, sd), (x_t, t),
+                  (cos * sin * slope, cos * sin))
+    return -cos**2 * (sd * out - slope) - r * (cos * sin * x_t + sd * dF)
 
 
 def scm_loss(G, minus, teacher, b, cfg, progress):
-    """sCM (2410.11081, Algorithm 1): scd with the teacher's slope dx/dt, sct (teacher None) with that of x and eps."""
-    sigma, sd = lognormal(b.u, cfg), G.sigma_data
-    t = torch.arctan(sigma / sd)
-    cos, sin = bcast(t.cos(), b.x), bcast(t.sin(), b.x)
-    x_t = cos * b.x + sin * sd * b.eps
+    """scd and sprint with the teacher's slope dx/dt, sct with that of x and eps (sCM, Alg. 1)."""
+    sd = G.sigma_data
+    t = torch.arctan(lognormal(b.u, cfg) / sd)                                      # (B, 1, ...)
+    x_t = t.cos() * b.x + t.sin() * sd * b.eps
     with torch.no_grad(), same_dropout(x_t):
-        slope = cos * sd * b.eps - sin * b.x if teacher is None else sd * trigflow_from_denoiser(teacher, x_t, t, b.label, sd)
-        g = tangent(in_fp32(minus), x_t, t, slope, b.label, sd, min(1.0, (progress + 1e-9) / cfg.warmup if cfg.warmup else 1.0))
-        g = g / (bcast(g.flatten(1).norm(dim=1), g) + 0.1)
-    out = trigflow_from_denoiser(G, x_t, t, b.label, sd)
-    return (out - out.detach() - g).square().flatten(1).mean(1), sigma
+        slope = t.cos() * sd * b.eps - t.sin() * b.x
+        if cfg.loss != "sct":
+            slope = sd * trigflow(teacher, x_t, t, b.label, sd)
+        r = min(1.0, (progress + 1e-9) / max(cfg.warmup, 1e-9))
+        g = tangent(minus, x_t, t, slope, b.label, sd, r)
+        g = g / (g.flatten(1).norm(dim=1).view_as(t) + 0.1)
+    out = trigflow(G, x_t, t, b.label, sd)
+    return (out - out.detach() - g).square().flatten(1).mean(1)
+
+
+def jump(G, x_t, t, s, label, second):
+    """Phi (B, ...): the path through x_t at level t, at s (CTM, Eq. 6). G sees `second` of s."""
+    ratio = s / t.clamp(min=1e-6)
+    return ratio * x_t + (1 - ratio) * G(x_t, t, label, second)
 
 
 def ctm_loss(G, minus, teacher, b, cfg, progress):
-    """Consistency trajectory (2310.02279, Eq. 9 and 12): t, u = some solver steps below, any s under u; compared at 0."""
-    grid = karras_sigmas(cfg.N, cfg.sigma_min, cfg.sigma_max, device=b.u.device).to(b.x)
+    """From t, and from a step below it, to any s under that; compared at 0 (CTM, Eq. 9, 12)."""
+    grid = karras_sigmas(cfg.N, cfg.sigma_min, cfg.sigma_max, b.u.device).to(b.u)
     i = (b.u * cfg.N).long()
-    t, lower, s = grid[i], grid[i + 1], grid[i + 1 + (b.w * (cfg.N - i)).long()]             # s uniform from lower to 0
-    x_t = b.x + bcast(t, b.x) * b.eps
-    clean = lambda x, s: torch.where(bcast(s, x) > 0, jump(minus, x, s.clamp(min=1e-6), torch.zeros_like(s), b.label), x)
+    t, lower, s = grid[i], grid[i + 1], grid[i + 1 + (b.w * (cfg.N - i)).long()]    # (B, 1, ...)
+    x_t, zero, one = b.x + t * b.eps, torch.zeros_like(t), torch.ones_like(t)
     with torch.no_grad(), same_dropout(x_t):
-        x_lower = solver_step(teacher, x_t, t, lower, b.label, cfg.solver)
-        at_s = torch.where(bcast(lower, x_t) > 0, jump(minus, x_lower, lower.clamp(min=1e-6), s, b.label), x_lower)
-        target = clean(at_s, s)
-    loss = distance(clean(jump(G, x_t, t, s, b.label), s), target, cfg.c)       # next after the target, for its dropout masks
-    dsm = denoising_loss(G(x_t, t, second_time(t, t, b.label)), b.x, t, G.sigma_data)
-    return loss + cfg.dsm * dsm, t
+        x_lower = solver_step(teacher, x_t, t, lower, b.label)
+        x_s = jump(minus, x_lower, lower, s, b.label, s / lower.clamp(min=1e-6))
+        target = minus(x_s, s, b.label, zero)
+    x_s = jump(G, x_t, t, s, b.label, s / t)            # then minus: dropout as in the target
+    loss = distance(minus(x_s, s, b.label, zero), target, cfg)
+    return loss + cfg.dsm * denoising_loss(G(x_t, t, b.label, one), b.x, t, G.sigma_data)   # s = t
 
 
 def meanflow_loss(G, minus, teacher, b, cfg, progress):
-    """MeanFlow (2505.13447, Eq. 10, 11, 22) with the teacher's velocity: u = v - (t - r) du/dt; half the pairs r = t."""
-    sigma = lognormal(b.u, cfg)
+    """The mean velocity u from r to t is v - (t - r) du/dt (MeanFlow, Eq. 10, 11, 22)."""
+    sigma = lognormal(b.u, cfg)                                                     # (B, 1, ...)
     t = sigma / (1 + sigma)
-    r = torch.where(b.w < 0.5, t, t * 2 * (1 - b.w))
-    z = bcast(1 - t, b.x) * b.x + bcast(t, b.x) * b.eps
-    u = lambda D, z, t: velocity_from_denoiser(lambda x, s, y: D(x, s, second_time(s, r / (1 - r), y)), z, t, b.label)
+    r = t * ((1 - b.w) / max(1 - cfg.equal, 1e-9)).clamp(max=1)
+    z = (1 - t) * b.x + t * b.eps
+
+    def u(D, z, t):
+        return (z - D(z / (1 - t), t / (1 - t), b.label, r)) / t
+
     with torch.no_grad(), same_dropout(z):
-        v = velocity_from_denoiser(teacher, z, t, b.label)
-        _, du = jvp(lambda z, t: u(in_fp32(minus), z, t), (z, t), (v, torch.ones_like(t)))
-    error = (u(G, z, t) - (v - bcast(t - r, z) * du)).square().flatten(1).sum(1)
-    return error / (error.detach() + 0.01), sigma
+        v = b.eps - b.x
+        if cfg.velocity == "teacher":
+            v = (z - teacher(z / (1 - t), sigma, b.label)) / t
+        du = jvp(lambda z, t: u(minus, z, t), (z, t), (v, torch.ones_like(t)))[1]
+    error = (u(G, z, t) - (v - (t - r) * du)).square().flatten(1).sum(1)
+    return error / (error.detach() + cfg.floor) ** cfg.power
 
 
-def which_call(b):
-    """From w: mask (B,) of the rows for the first call, from noise, the others being for a further one; and w's rest, uniform (B,)."""
-    return b.w < 0.5, 2 * b.w % 1
-
-
-def boot_start(minus, b, cfg):
-    """Start (B, ...) and level (B,) of a call: noise, or one of its samples noised to a further call's, deeper ones rarer."""
-    first, rest = which_call(b)
-    T = torch.full_like(b.u, cfg.sigma_max)
-    level = (cfg.mid * minus.sigma_data * 2 ** rest.log2().ceil()).clamp(2 * cfg.sigma_min, cfg.sigma_max)
-    x_T = bcast(T, b.eps) * b.eps
-    x = jump(minus, x_T, T, torch.zeros_like(T), b.label) + bcast(level, x_T) * b.more[:, 0]
-    return torch.where(bcast(first, x), x_T, x), torch.where(first, T, level)
-
-
-def boot_loss(G, minus, teacher, b, cfg, progress):
-    """BOOT (2306.05544, Eq. 10, 12): from a start at T, the student's own point at sigma and a teacher's step from there."""
-    with torch.no_grad():
-        x_T, T = boot_start(minus, b, cfg)
-    sigma, lower = grid_pair(b.u, cfg, T)
-    with torch.no_grad(), same_dropout(x_T):
-        x_t = jump(minus, x_T, T, sigma, b.label)
-        target = solver_step(teacher, x_t, sigma, lower, b.label, "euler")
-        first = teacher(x_T, T, b.label)
-    loss = distance(jump(G, x_T, T, lower, b.label), target, cfg.c) / (1 - lower / sigma) ** 2      # next, for target's dropout masks
-    boundary = distance(G(x_T, T, second_time(T, T, b.label)), first, 0)
-    return loss + 0.1 * boundary, sigma
-
-
-def hinge_loss(logit_real, logit_fake):
-    """The discriminator's side (B,); the student's is - logit_fake (2503.09641, Sec. 3.3)."""
-    return 0.5 * (F.relu(1 - logit_real) + F.relu(1 + logit_fake))
-
-
-def look(critic, disc, x, b, cfg):
-    """The head's logit (B,) for this row's call, from the frozen teacher's features of x, noised to a random level."""
-    first, rest = which_call(b)
-    sigma = lognormal(rest, cfg)
-    logits = disc(critic(x + bcast(sigma, x) * b.more[:, 0], sigma, b.label, features="only"))
-    return torch.where(first, logits[:, 0], logits[:, 1])
+def look(critic, disc, x, label):
+    """The head's logit (B,): it sees the frozen teacher's feature of x noised to a random level."""
+    sigma = (torch.randn_like(level(x, 0)) - 0.6).exp()                 # as in SANA-Sprint's code
+    return disc(critic.feature(x + sigma * torch.randn_like(x), sigma, label))[:, 0]
 
 
 def guess(G, b, cfg):
-    """The student's sample (B, ...) that the discriminator sees: from the highest level, or from that of the second call."""
-    sigma = torch.where(which_call(b)[0], cfg.sigma_max, cfg.mid * G.sigma_data).to(b.u)
-    return f(G, b.x + bcast(sigma, b.x) * b.eps, sigma, b.label)
+    """The student's samples for the head, half from the highest level (SANA-Sprint, Sec. 3.3)."""
+    sigma = torch.where(b.w < 0.5, cfg.sigma_max, lognormal(2 * b.w % 1, cfg))
+    return G(b.x + sigma * b.eps, sigma, b.label)
 
 
-LOSSES = dict(cd=cd_loss, ct=ct_loss, ect=ect_loss, scd=scm_loss, sct=scm_loss, sprint=scm_loss, scott=scott_loss,
-              ctm=ctm_loss, meanflow=meanflow_loss, boot=boot_loss)
+LOSSES = dict(cd=pair_loss, ct=pair_loss, ect=pair_loss, scd=scm_loss, sct=scm_loss,
+              sprint=scm_loss, ctm=ctm_loss, meanflow=meanflow_loss)
+SECOND = ("ctm", "meanflow")                            # the losses with a second number
 
-# ---- training --------------------------------------------------------------------------------------------------------
-
-
-class Weight(nn.Module):
-    """sCM's learned weight w(sigma) (B,): exp(w) |error|^2 - w makes every level count the same."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(9, 1)
-        nn.init.zeros_(self.layer.weight), nn.init.zeros_(self.layer.bias)
-
-    def forward(self, sigma):
-        angle = sigma.log()[:, None] / 4 * torch.arange(1, 5, device=sigma.device)
-        return self.layer(torch.cat([angle.sin(), angle.cos(), sigma.log()[:, None] / 4], 1))[:, 0]
+# ---- training ------------------------------------------------------------------------------------
 
 
 def make_discriminator(shape):
-    """Head that turns the teacher's features, (C,) or (C, R, R), into logits (B, 2), a first and a further call's."""
-    if len(shape) == 1:
-        return nn.Sequential(nn.Linear(shape[0], shape[0]), nn.ReLU(), nn.Linear(shape[0], 2))
+    """Head that turns the teacher's last feature, (C,) or (C, R, R), into a logit (B, 1)."""
     c = shape[0]
-    return nn.Sequential(nn.Conv2d(c, c, 3, 2, 1), nn.GroupNorm(math.gcd(32, c), c), nn.SiLU(), nn.Conv2d(c, c, 3, 2, 1),
-                         nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, 2))
+    if len(shape) == 1:
+        return nn.Sequential(nn.Linear(c, c), nn.ReLU(), nn.Linear(c, 1))
+    return nn.Sequential(nn.Conv2d(c, c, 3, 2, 1), nn.GroupNorm(math.gcd(32, c), c), nn.SiLU(),
+                         nn.Conv2d(c, c, 3, 2, 1), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                         nn.Linear(c, 1))
 
 
-def widen(denoiser, more):
-    """The same denoiser with `more` further label inputs, which it does not yet heed."""
-    net = denoiser.net
-    wide = type(net)(**{**net.spec, "label_dim": net.label_dim + more})
-    old = net.state_dict()
-    with torch.no_grad():
-        for name, w in wide.state_dict().items():
-            if name in old and old[name].shape == w.shape:
-                w.copy_(old[name])
-            else:
-                w.zero_()
-                if name in old:         # DDPM++ multiplies labels by the root of their number
-                    factor = (net.label_dim / wide.label_dim) ** 0.5 if name == "map_label.weight" and not net.adm else 1
-                    w[:, :old[name].shape[1]] = factor * old[name]
-    return Denoiser(wide, denoiser.sigma_data, denoiser.dtype)
+def check_flags(cfg, scratch, teacher):
+    """Raise UserError for settings that cannot work together."""
+    need(not scratch or not (cfg.teacher or teacher is not None), "--loss ct and --velocity data "
+         "train without a teacher: leave it away, or take ect or sct, which start from one")
+    need(cfg.velocity == "teacher" or cfg.loss == "meanflow", "--velocity is for --loss meanflow")
+    need(cfg.sigma_init == cfg.sigma_max, "--sigma_init must be --sigma_max: students start there")
+    need(cfg.N > 1 and 2 <= cfg.s0 <= cfg.s1, "--N and --s0 must be at least 2, --s1 at least --s0")
+    need(cfg.q > 1 and cfg.stages * math.log(cfg.q) < math.log(1e5), "--q must be above 1, and to "
+         "the power of --stages at most 1e5: float32 knows no smaller steps")
+    need(cfg.p_std > 0 and math.log(cfg.sigma_min) < cfg.p_mean < math.log(cfg.sigma_max),
+         "--p_std must be above 0, e to the --p_mean between --sigma_min and --sigma_max")
+    need(max(cfg.warmup, cfg.equal, cfg.dropout) <= 1, "--warmup, --equal and --dropout: at most 1")
+    need(not (cfg.compile and cfg.dropout), "--compile does not go with --dropout, whose masks are "
+         "to be the same in two passes: add --dropout 0 or leave --compile away")
 
 
-def make_student(cfg, teacher, data):
-    """A trainable copy of the teacher, or (ct) a fresh network; with a second time if the loss wants one."""
-    G = initial_student(cfg, teacher, data) if teacher else build(cfg, data.shape, data.label_dim, data.sigma_data)
-    G = place(widen(G, 6), cfg).train() if cfg.loss in SECOND_TIME else G
-    for block in G.modules():
-        if isinstance(block, Block):
-            block.dropout = cfg.dropout
-    G.sigma_init, G.config = cfg.sigma_init, asdict(cfg)
-    return G
-
-
-def draw(n, data, device, loss):
-    """All that is random about n training pairs. BOOT reads no data."""
-    x, label = (None, data.draw_label(n)) if loss == "boot" else data.sample(n)
-    eps, (u, w) = torch.randn(n, *data.shape, device=device), torch.rand(2, n, device=device)
-    return Draw(eps, x, label, u, w, torch.randn(n, 3, *data.shape, device=device) if loss in ("scott", "sprint", "boot") else None)
-
-
-def complain(cfg):
-    """Raise UserError for settings that cannot work."""
-    for bad, sentence in (
-        (cfg.loss not in LOSSES, f"unknown loss {cfg.loss!r}: choose one of {', '.join(LOSSES)}"),
-        (cfg.loss == "ct" and cfg.teacher, "--loss ct trains without a teacher; leave --teacher away, or take ect, which starts from one"),
-        (cfg.sigma_init != cfg.sigma_max, "a consistency student starts at --sigma_max; leave --sigma_init away"),
-        (cfg.loss in ("cd", "scott", "ctm", "boot") and cfg.N < 2, f"--N must be at least 2, not {cfg.N}"),
-        (cfg.loss == "ct" and not 2 <= cfg.s0 <= cfg.N, f"--s0 {cfg.s0} must lie between 2 and --N {cfg.N}"),
-        (cfg.stages < 1 or cfg.q <= 1, "--stages must be at least 1, --q above 1"),
-        (cfg.stages * math.log(cfg.q) > math.log(1e5), "--q to the power of --stages must be at most 1e5: float32 knows no smaller steps"),
-        (min(cfg.p_std, cfg.lr_disc) <= 0, "--p_std and --lr_disc must be positive"),
-        (not math.log(cfg.sigma_min) < cfg.p_mean < math.log(cfg.sigma_max),
-         f"--p_mean {cfg.p_mean} is a mean of ln sigma: e to the power of it must lie between --sigma_min and --sigma_max"),
-        (not 0 <= cfg.target_ema < 1 or not 0 <= cfg.dropout < 1, "--target_ema and --dropout must lie in [0, 1)"),
-        (not 0 <= min(cfg.warmup, cfg.eta, cfg.gamma) <= max(cfg.warmup, cfg.eta, cfg.gamma) <= 1,
-         "--warmup, --eta and --gamma must lie in [0, 1]"),
-        (min(cfg.adv, cfg.dsm) < 0 or cfg.c < 0, "--adv, --dsm and --c must be at least 0"),
-        (cfg.dropout and cfg.data in TOYS, "--dropout is for images: the toys' network has none"),
-    ):
-        if bad:
-            raise UserError(sentence)
-
-
-def train(cfg):
-    """Distil, or train, as cfg says; returns the averaged student and its Run."""
-    complain(cfg)
-    data = load_data(cfg)
-    call_levels(cfg.nfe, cfg.mid, data.sigma_data, cfg.sigma_min, cfg.sigma_max)
-    teacher = None if cfg.loss == "ct" else load_teacher(cfg, data)
-    run = Run(cfg, "consistency", teacher is not None)
-    G = make_student(cfg, teacher, data)
-    minus, ema, weight = copy.deepcopy(G).requires_grad_(False), EMA(G, cfg.ema), Weight().to(run.device)
-    opt = torch.optim.Adam([*G.parameters(), *weight.parameters()], betas=(0.9, 0.99), fused=True)
-    state = dict(G=G, minus=minus, weight=weight, ema=ema, opt=opt)
+def set_up(cfg, data, teacher, student):
+    """(data, teacher or None, student, critic, disc), the last two for sprint."""
+    scratch = cfg.loss == "ct" or cfg.velocity == "data"
+    check_flags(cfg, scratch, teacher)
+    data = load_data(cfg, data)
+    need(len(data.shape) > 1 or not cfg.dropout, "--dropout is for images, not for toys")
+    levels = call_levels(asdict(cfg), data.sigma_data)
+    if scratch and student is None:
+        student = build(cfg, data)
+    teacher = None if scratch else load_teacher(cfg, data, teacher)
+    G = initial_student(cfg, data, teacher, student)
+    if cfg.loss in SECOND and isinstance(G, Denoiser):
+        net = type(G.net)(**G.net.spec | dict(second=True))
+        net.load_state_dict(G.net.state_dict(), strict=False)           # map_second starts at zero
+        G = initial_student(cfg, data, student=Denoiser(net, G.sigma_data, G.dtype))
+    for module in G.modules():
+        if isinstance(module, Block):
+            module.dropout = cfg.dropout
+    G.levels, G.config = levels, asdict(cfg)
+    critic, disc = teacher, nn.Identity()
     if cfg.loss == "sprint":
-        critic = teacher if isinstance(teacher, Denoiser) else initial_student(cfg, teacher, data).eval().requires_grad_(False)
-        disc = make_discriminator(critic.net.feature_shape()).to(run.device)
-        state |= dict(disc=disc, opt_disc=torch.optim.Adam(disc.parameters(), cfg.lr_disc, betas=(0.0, 0.99), fused=True))
+        if not isinstance(teacher, Denoiser):
+            critic = initial_student(cfg, data, teacher).eval().requires_grad_(False)
+        disc = make_discriminator(critic.net.feature_shape).to(next(G.parameters()).device)
+    return data, teacher, G, critic, disc
+
+
+def draw(n, data):
+    """All that is random about n training samples."""
+    x, label = data.sample(n)
+    u = torch.rand_like(level(x, 0))
+    return Draw(x, label, torch.randn_like(x), u, torch.rand_like(u))
+
+
+def train(cfg, data=None, teacher=None, student=None):
+    """Distil as cfg says, with what is given instead of files; returns averaged student and Run."""
+    begin(cfg, "consistency")
+    data, teacher, G, critic, disc = set_up(cfg, data, teacher, student)
+    minus = copy.deepcopy(G).requires_grad_(False)      # in training mode, for the dropout's masks
+    if LOSSES[cfg.loss] in (scm_loss, meanflow_loss):
+        minus.dtype = "fp32"                            # bf16 is too coarse for derivatives
+    ema = copy.deepcopy(G).eval().requires_grad_(False)
+    weight = nn.Embedding(16, 1, _weight=torch.zeros(16, 1)).to(next(G.parameters()).device)
+    opt = torch.optim.Adam([*G.parameters(), *weight.parameters()], betas=(0.9, 0.99), fused=True)
+    state = dict(G=G, weight=weight, ema=ema, opt=opt)
+    if cfg.loss == "sprint":
+        opt_disc = torch.optim.Adam(disc.parameters(), cfg.lr_disc, betas=(0.0, 0.99), fused=True)
+        state |= dict(disc=disc, opt_disc=opt_disc)
+    run = Run(cfg, "consistency", **state)
     panels, z_show, label_show = gallery(cfg, data, teacher)
-    micro, loss_of = run.micro, LOSSES[cfg.loss]
-    guide = None if cfg.loss in ("ct", "ect", "sct") else teacher
 
-    for step in run.steps(state):
-        set_lr(opt, cfg.lr * lr_factor(run.progress))
-        with torch.no_grad():                                   # the network held fixed follows
-            torch._foreach_lerp_(list(minus.parameters()), list(G.parameters()), 1 - cfg.target_ema if step else 1.0)
+    for step in run.steps():
+        set_lr(opt, cfg.lr, run.progress)
+        update_ema(minus, G, 0.0, step)                 # decay 0: minus is G
 
-        # 1. sprint: the discriminator learns to tell the student's samples from data
+        # 1. sprint: the head learns to tell the student's samples from data
+        terms = {}
         if cfg.loss == "sprint":
-            for part in run.parts(*draw(cfg.batch, data, run.device, cfg.loss)):
-                b = Draw(*part)
+            opt_disc.zero_grad()                        # of what the student's loss left there
+            for _ in range(cfg.accumulate):
+                b = draw(run.part, data)
                 with torch.no_grad():
                     x = guess(G, b, cfg)
-                loss_disc = hinge_loss(look(critic, disc, b.x, b, cfg), look(critic, disc, x, b, cfg)).mean()
-                (loss_disc * micro / cfg.batch).backward()
-            run.add_gradients(state["opt_disc"])
-            state["opt_disc"].step()
-            state["opt_disc"].zero_grad()
-            disc.requires_grad_(False)
+                real = F.relu(1 - look(critic, disc, b.x, b.label))
+                fake = F.relu(1 + look(critic, disc, x, b.label))
+                terms["disc"] = (real + fake).mean() / 2            # hinge (SANA-Sprint, Sec. 3.3)
+                (terms["disc"] / cfg.accumulate).backward()
+            opt_disc.step()
 
         # 2. the student
-        for part in run.parts(*draw(cfg.batch, data, run.device, cfg.loss)):
-            b = Draw(*part)
-            loss, sigma = loss_of(G, minus, guide, b, cfg, run.progress)
-            if cfg.loss in TANGENT:                         # sCM's adaptive weight
-                w = weight(sigma)
+        for _ in range(cfg.accumulate):
+            b = draw(run.part, data)
+            loss = LOSSES[cfg.loss](G, minus, teacher, b, cfg, run.progress)        # (B,)
+            if LOSSES[cfg.loss] is scm_loss:            # every level is to count the same
+                w = weight((16 * b.u).long().flatten())[:, 0]
                 loss = w.exp() * loss - w
-            total = loss = loss.mean()
+            terms["loss"] = loss = loss.mean()
             if cfg.loss == "sprint":
-                total = loss - cfg.adv * look(critic, disc, guess(G, b, cfg), b, cfg).mean()
-            (total * micro / cfg.batch).backward()
-        if cfg.loss == "sprint":
-            disc.requires_grad_(True)
-        run.add_gradients(opt)
+                loss = loss - cfg.adv * look(critic, disc, guess(G, b, cfg), b.label).mean()
+            (loss / cfg.accumulate).backward()
         opt.step()
         opt.zero_grad()
-        ema.update(G)
-        run.log(loss=loss, **dict(disc=loss_disc) if cfg.loss == "sprint" else {})
+        update_ema(ema, G, cfg.ema, step)
+
+        run.log(**terms)
         if run.due():
-            run.show({**panels, f"{cfg.loss}, {cfg.nfe} network call{'s' * (cfg.nfe > 1)}":
-                      sample(ema.model, len(z_show), label_show, cfg.nfe, z_show)})
+            shown = sample(ema, len(z_show), label_show, z_show)
+            run.show({**panels, f"student, network calls: {cfg.nfe}": shown}, label_show)
+    figures = more_figures(cfg, data, ema, list(panels.values())[1:], z_show, label_show)
+    run.report(data, lambda n, label: sample(ema, n, label), **figures)
+    return ema, run
 
-    more = {}
-    if teacher:                                             # root mean square distance to the end points of the teacher's own ODE
-        more["paired"] = (sample(ema.model, len(z_show), label_show, 1, z_show) - list(panels.values())[1]).square().mean().sqrt().item()
-    if cfg.data in TOYS:
+
+def more_figures(cfg, data, ema, solved, z, label):
+    """paired: rms distance to the teacher's ODE (`solved`); H_2_steps: H by two calls (toys)."""
+    figures = {}
+    if solved:
+        error = sample(ema, len(z), label, z, nfe=1) - solved[0]
+        figures["paired"] = error.square().mean().sqrt().item()
+    if len(data.shape) == 1:
         x, label = data.sample(cfg.samples)
-        more["H_2_steps"] = energy_coefficient(sample(ema.model, cfg.samples, label, steps=2), x)
-    if more:
-        print(", ".join(f"{name} {v:.5f}" for name, v in more.items()))
-    report(run, data, teacher, lambda n, label: sample(ema.model, n, label, cfg.nfe), **more)
-    return ema.model, run
+        figures["H_2_steps"] = energy_coefficient(sample(ema, len(x), label, nfe=2), x)
+    return figures
 
 
-def call_levels(steps, mid, sigma_data, sigma_min, sigma_max):
-    """Noise levels (steps + 1) of the calls and of their end: sigma_max; mid, mid / 2, ... in units of the data's std; 0."""
-    if steps < 1:
-        raise UserError(f"--nfe must be at least 1, not {steps}")
-    if not 0 < mid * sigma_data < sigma_max:
-        raise UserError(f"--mid {mid:g} times the data's std, {sigma_data:.2g}, must lie between 0 and --sigma_max, {sigma_max:g}")
-    return [sigma_max] + [max(mid * sigma_data * 0.5**k, sigma_min) for k in range(steps - 1)] + [0.0]
+def call_levels(config, sigma_data):
+    """Noise levels of the calls: sigma_max; then mid, mid / 2, ... in units of the data's std."""
+    nfe, top, mid = config["nfe"], config["sigma_max"], config["mid"] * sigma_data
+    need(nfe > 0 and 0 <= config["gamma"] <= 1, "--nfe must be at least 1, --gamma in [0, 1]")
+    need(0 < mid < top, f"--mid times the data's std is {mid:.2g}, not between 0 and --sigma_max")
+    return [top] + [max(mid * 0.5**k, config["sigma_min"]) for k in range(nfe - 1)]
 
 
 @torch.no_grad()
-def sample(student, n, label=None, steps=1, z=None, mid=None, gamma=None):
-    """
-    n samples (n, ...) of a student in `steps` network calls; random labels if it wants some and gets none. mid and gamma are
-    the flags of these names, by default as the student was trained.
-    """
-    cfg, device = student.config, next(student.parameters()).device
-    second = cfg["loss"] in SECOND_TIME
-    gamma, classes = cfg["gamma"] if gamma is None else gamma, student.label_dim - 6 * second
-    if not 0 <= gamma <= 1:
-        raise UserError(f"--gamma must lie in [0, 1], not {gamma}")
-    gamma = gamma if second and cfg["loss"] != "boot" else 1.0
-    levels = call_levels(steps, cfg["mid"] if mid is None else mid, student.sigma_data, cfg["sigma_min"], student.sigma_init)
-    z = torch.randn(n, *student.shape, device=device) if z is None else z
-    if label is None and classes:
-        label = F.one_hot(torch.randint(classes, (n,), device=device), classes).float()
-    parts = []
-    for x, y in micro_batches(1000, z, label):
-        x = student.sigma_init * x
-        for t, lower in zip(levels, levels[1:]):
-            t, s = x.new_full((len(x),), t), x.new_full((len(x),), lower * (1 - gamma**2) ** 0.5)
-            x = jump(student, x, t, s, y) if second else f(student, x, t, y)
-            x = x + gamma * lower * torch.randn_like(x) if lower and gamma else x
-        parts.append(x)
-    return torch.cat(parts)
+def sample(student, n, label=None, z=None, nfe=None, mid=None, gamma=None):
+    """n samples (n, ...) of a student; nfe, mid, gamma as those flags, by default as trained."""
+    given = dict(nfe=nfe, mid=mid, gamma=gamma)
+    config = student.config | {name: v for name, v in given.items() if v is not None}
+    device = next(student.parameters()).device
+    need(label is None or student.label_dim, "this student is not class-conditional")
+    if label is None:
+        label = draw_label(n, student, device)
+    if z is None:
+        z = torch.randn(n, *student.shape, device=device)
+    levels = call_levels(config, student.sigma_data)
+    gamma = config["gamma"] if config["loss"] in SECOND else 1.0
+
+    def calls(z, label):
+        x = levels[0] * z
+        for high, low in zip(levels, levels[1:] + [0.0]):
+            t = level(x, high)
+            s = level(x, low * (1 - gamma**2) ** 0.5)
+            second = dict(ctm=s / t, meanflow=s / (1 + s)).get(config["loss"])
+            x = student(x, t, label) if second is None else jump(student, x, t, s, label, second)
+            x = x + gamma * low * torch.randn_like(x)
+        return x
+
+    return in_parts(calls, z, label, most=student.most)
 
 
 if __name__ == "__main__":
