@@ -11,8 +11,8 @@ stand in for another. The score is (D(x_t, sigma, label) - x_t) / sigma^2.
 
 Importing this file does no work. It is no script: start with `python fdistill.py`.
 """
-import argparse, copy, csv, dataclasses, difflib, functools, gzip, hashlib, inspect, io, json, math
-import os, pickle, re, signal, sys, tarfile, time, warnings, zipfile
+import argparse, contextlib, copy, csv, dataclasses, difflib, functools, gzip, hashlib, inspect, io
+import json, math, os, pickle, re, signal, sys, tarfile, time, warnings, zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -38,6 +38,16 @@ def need(ok, sentence):
         raise UserError(sentence)
 
 
+@contextlib.contextmanager
+def blame(sentence):
+    """Whatever goes wrong inside, such as in a foreign file, is a UserError of one sentence."""
+    try:
+        yield
+    except Exception as e:
+        why = str(e) if isinstance(e, UserError) else f"{type(e).__name__}: {e}"
+        raise UserError(f"{sentence}: {why.strip().splitlines()[0][:200]}") from None
+
+
 @dataclass(init=False)
 class Shared:
     """Flags that every script has. `Config(data="cifar10", steps=100)` in Python is `--data cifar10
@@ -54,13 +64,13 @@ class Shared:
     out: str = ""               # run folder; by default runs/<script>-<data>[-flag=value]-<seed>
     steps: int = 1000           # student updates
     minutes: float = 0.0        # train this long instead of --steps; a teacher's fit gets half
-    batch: int = 512            # samples an update
+    batch: int = 512            # samples per update
     accumulate: int = 1         # parts in which a batch is worked on: more parts need less memory
     lr: float = 1e-3            # learning rate of the student
     sigma_min: float = 0.02     # lowest noise level that the method looks at
     sigma_max: float = 5.0      # highest
     sigma_init: float = 5.0     # noise level from which the student starts
-    ema: float = 0.99           # decay a step of the averaged student, the one that is judged
+    ema: float = 0.99           # decay per step of the averaged student, the one that is judged
     seed: int = 0               # random seed
     device: Literal["auto", "cpu", "cuda"] = "auto"     # where to run
     dtype: Literal["fp32", "bf16"] = "fp32"     # inside networks; bf16 rounds 8 times EDM's fp16
@@ -94,6 +104,11 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(message.removeprefix("argument "))
 
 
+def clean(text):
+    """A path without its trailing slash and the like; other words stay what they are."""
+    return os.path.normpath(text) if text else ""
+
+
 @functools.cache
 def make_parser(Config):
     """The parser of a Config's flags: names and types are its fields', help is their comments."""
@@ -109,7 +124,7 @@ def make_parser(Config):
         if f.type is bool:
             kind = dict(action=argparse.BooleanOptionalAction)
         elif not get_args(f.type):
-            kind = dict(type=f.type, metavar=f.type.__name__)
+            kind = dict(type=clean if f.type is str else f.type, metavar=f.type.__name__)
         note = f"{notes.get(f.name, '')} [{f.default}]".replace("%", "%%")
         parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=note, **kind)
     return parser
@@ -117,7 +132,7 @@ def make_parser(Config):
 
 def parse(Config, presets, argv=None):
     """A Config from a command line: its defaults < presets < what is given. A preset counts if
-    every word of its key ("cifar10", "cifar10 cd") is the value of a flag; later ones go before."""
+    every word of its key ("cifar10", "cifar10 cd") is the value of a flag; later ones win."""
     given, rest = make_parser(Config).parse_known_args(argv)
     known = {f.name: f for f in dataclasses.fields(Config)}
     for word in rest:
@@ -126,8 +141,6 @@ def parse(Config, presets, argv=None):
     flags = vars(given)
     if flags.get("sample"):
         flags = saved_flags(flags["sample"], Config) | flags
-    for name in {"data_dir", "teacher", "out", "sample"} & flags.keys():
-        flags[name] = os.path.normpath(flags[name]) if flags[name] else ""
     values = {name: f.default for name, f in known.items()} | flags
     words = {values[name] for name, f in known.items() if name == "data" or get_args(f.type)}
     for key, preset in presets.items():
@@ -157,8 +170,9 @@ def check(cfg):
         if f.type in (int, float) and name != "p_mean":
             need(least <= value < 2**63, f"--{name} is a number of at least {least}, not {value}")
         need(value or not name.startswith(("lr", "sigma")), f"--{name} must be greater than 0")
-    toy, parts, names = cfg.data in TOYS, cfg.accumulate * processes(), ", ".join([*TOYS, *CLASSES])
-    need(toy or cfg.data in CLASSES, f"unknown data set {cfg.data!r}: choose one of {names}")
+    toy, names = cfg.data in TOYS, [*TOYS, *CLASSES]
+    need(cfg.data in names, f"unknown data set {cfg.data!r}: choose one of {', '.join(names)}")
+    parts = cfg.accumulate * processes()
     need(cfg.sigma_min < cfg.sigma_max, "--sigma_min must lie below --sigma_max")
     need(cfg.ema < 1, f"--ema is a decay in [0, 1), not {cfg.ema}")
     need(cfg.width % 4 == 0, f"--width must be a multiple of 4, not {cfg.width}")
@@ -181,7 +195,7 @@ def main(Config, presets, train, sample):
     except (UserError, OSError) as e:       # OSError: a full disk, a folder that may not be written
         code, sentence = 2, str(e)
     except KeyboardInterrupt as e:
-        sentence, code = e.args or ("stopped", 130)
+        code, sentence = e.args or (130, "stopped")
     except (RuntimeError, MemoryError) as e:
         if not isinstance(e, MemoryError) and "memory" not in str(e):
             raise
@@ -333,15 +347,17 @@ def load_data(cfg, data=None):
     if isinstance(data, nn.Module):
         data = copy.deepcopy(data).to(pick_device(cfg))
     if not hasattr(data, "class_weights"):              # of your own: find out what scripts ask for
-        draw, (x, label) = data.sample, data.sample(4096)
-        data.sample = draw if cfg.cond else lambda n: (draw(n)[0], None)
+        x, label = data.sample(4096)
+        if not cfg.cond:
+            data.sample = functools.partial(unlabelled, data.sample)
         data.shape, data.sigma_data = tuple(x.shape[1:]), float(x.std())
         data.class_weights = [] if label is None else label.float().mean(0).tolist()
     if not cfg.cond:
         data.class_weights = []
     data.label_dim = len(data.class_weights)
     if cfg.fid:
-        check_fid(cfg, data)
+        need(hasattr(data, "images"), "--fid is for data that is a set of images")
+        first_alone(fid_reference, cfg, data)
     return data
 
 
@@ -355,24 +371,25 @@ WANTED = dict(
     mnist="train-images-idx3-ubyte and train-labels-idx1-ubyte, gzipped or not",
     cifar10="cifar-10-binary.tar.gz, its folder cifar-10-batches-bin, or EDM's .zip",
     imagenet64="EDM's .zip, or train_data_batch_1.npz and so on (downsampled ImageNet)",
-    images="a folder or .zip of PNG or JPEG, 8-bit grey or RGB, of one size, square, side % 4 = 0, "
-    "or an .npz of such with images (N, H, W[, C]) or (N, C, H, W) uint8 and perhaps labels")
+    images="PNG or JPEG in a folder or .zip, or images (N, H, W[, C]) or (N, C, H, W) uint8 in an "
+    ".npz: grey or RGB, of one size, square, side a multiple of 4")
+
+
+def unlabelled(sample, n):
+    return sample(n)[0], None
 
 
 def read_data(cfg):
     """The Images in --data_dir; UserError, which says what is wanted, for anything else."""
     where = Path(cfg.data_dir)
     readers = dict(mnist=read_mnist, cifar10=read_cifar10, imagenet64=read_imagenet)
-    try:
+    with blame(f"--data_dir {where} has no {WANTED[cfg.data]}"):
         images, labels = first_alone(readers.get(cfg.data, read_images), cfg, where)
-        need(labels is not None or not cfg.cond, "it has no labels: leave --cond away")
+        need(labels is not None or not cfg.cond, "its images have no labels: omit --cond")
         n, c, height, width = images.shape
         good = n and c in (1, 3) and height == width and width % 4 == 0 and images.dtype == np.uint8
         need(good, f"its images are {images.shape} {images.dtype}")
         return Images(images, labels, CLASSES[cfg.data], pick_device(cfg), cfg.flip)
-    except Exception as e:          # whatever numpy, Pillow and the others meet in foreign files
-        why = str(e) if isinstance(e, UserError) else f"{type(e).__name__}: {e}".split("\n")[0]
-        raise UserError(f"--data_dir {where}: {why}; wanted is {WANTED[cfg.data]}") from None
 
 
 def download(cfg, url, path, sha256=None):
@@ -441,48 +458,54 @@ def read_imagenet(cfg, where):
 
 
 def read_images(cfg, where, shape=None):
-    """Images of your own: a folder of PNG or JPEG, whose sub-folders are classes, or a .zip of
-    them; EDM's has labels in dataset.json. They must have `shape`, if it is given."""
+    """Images of your own, PNG or JPEG in a folder or a .zip, or an .npz; sub-folders are classes.
+    A `shape` that is given is that of EDM's zips, which have their labels in dataset.json."""
     if where.suffix == ".npz":
         return read_npz(where)
-    archive = None if where.is_dir() else zipfile.ZipFile(where)
-    if archive:
-        names = archive.namelist()
-    else:
-        names = [p.relative_to(where).as_posix() for p in where.rglob("*") if p.is_file()]
-        for folder in where.iterdir():
-            need(folder.is_file() or any(folder.iterdir()), f"class folder {folder} is empty")
-    names = sorted(name for name in names if not re.search(r"(^|/)(\.|__MACOSX)|/$", name))
-
-    def read(name):
-        return archive.read(name) if archive else (where / name).read_bytes()
-
+    names, read = open_pictures(where)
+    known = {} if shape else folder_classes(names)
     if "dataset.json" in names:
         names.remove("dataset.json")
         known = dict(json.loads(read("dataset.json")).get("labels") or [])
-    else:                                               # of EDM's zips, folders are no classes
-        first = {name: name.split("/")[0] for name in names if "/" in name and not shape}
-        folders = sorted(set(first.values()))
-        known = {name: folders.index(folder) for name, folder in first.items()}
-    labels = [known[name] for name in names if name in known]
     need(names, "there are no images")
-    need(len(labels) in (0, len(names)), "some images have a class and some have none")
+    need(not known or known.keys() >= set(names), "some images have a class and some have none")
     shape = read_picture(names[0], read(names[0]), shape).shape[1:]
     need(shape[1] == shape[2] and shape[1] % 4 == 0, f"its images are {shape}")
     parts = (read_picture(name, read(name), shape) for name in names)
-    files = [where] if archive else [where / name for name in names]
-    images = memory_map(cfg, files, (len(names), *shape), parts)
-    return images, np.array(labels, np.int64) if labels else None
+    files = [where / name for name in names] if where.is_dir() else [where]
+    labels = np.array([known[name] for name in names], np.int64) if known else None
+    return memory_map(cfg, files, (len(names), *shape), parts), labels
+
+
+def folder_classes(names):
+    """{name: class number} of the files that are in a sub-folder."""
+    folders = {name: name.split("/")[0] for name in names if "/" in name}
+    number = {folder: i for i, folder in enumerate(sorted(set(folders.values())))}
+    return {name: number[folder] for name, folder in folders.items()}
+
+
+def open_pictures(where):
+    """(sorted names of all files but hidden ones, read(name) -> bytes) of a folder or a .zip."""
+    if where.is_dir():
+        for folder in where.iterdir():
+            need(folder.is_file() or any(folder.iterdir()), f"class folder {folder} is empty")
+        names = [path.relative_to(where).as_posix() for path in where.rglob("*") if path.is_file()]
+
+        def read(name):
+            return (where / name).read_bytes()
+    else:
+        archive = zipfile.ZipFile(where)
+        names, read = archive.namelist(), archive.read
+    hidden = re.compile(r"(^|/)(\.|__MACOSX)|/$")
+    return sorted(name for name in names if not hidden.search(name)), read
 
 
 def read_picture(name, raw, shape):
     """uint8 (1, C, H, W) of the bytes of one PNG or JPEG file; UserError if it has not `shape`."""
     from PIL import Image
-    try:
+    with blame(f"{name} is no picture, or damaged"):
         picture = Image.open(io.BytesIO(raw))
         pixels = np.atleast_3d(np.asarray(picture)).transpose(2, 0, 1)
-    except Exception as e:          # whatever Pillow meets in a damaged file
-        raise UserError(f"{name} is no picture, or damaged ({type(e).__name__})")
     need(picture.mode in ("L", "RGB"), f"{name} has mode {picture.mode}, not L (grey) or RGB")
     need(shape in (None, pixels.shape), f"{name} is {pixels.shape}, not {shape} as it should be")
     return pixels[None]
@@ -605,11 +628,14 @@ def waves(v):
     return torch.cat([angle.sin(), angle.cos()], 1)
 
 
-def zero(layer):
-    """The same layer with weights and biases 0: what it is added to starts out unchanged."""
-    for p in layer.parameters():
-        nn.init.zeros_(p)
-    return layer
+def xavier(module, gain=1.0):
+    """Xavier's weights and zero biases for the layers of a module, which is returned."""
+    for m in module.modules():
+        if isinstance(m, (nn.Linear, nn.Conv2d)):
+            nn.init.xavier_uniform_(m.weight, gain)
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
+    return module
 
 
 class MLP(nn.Module):
@@ -625,7 +651,7 @@ class MLP(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:]))
         self.out = nn.Linear(width, dim)
         if second:
-            self.map_second = zero(nn.Linear(16, width))
+            self.map_second = xavier(nn.Linear(16, width), 0)
 
     def encode(self, x, c_noise, label, second):
         h = torch.cat([x, waves(c_noise)] if label is None else [x, waves(c_noise), label], 1)
@@ -641,10 +667,8 @@ class MLP(nn.Module):
 
 
 def group_norm(c, adm):
-    """Group norm of EDM's number of groups, min(32, c / 4), or the next smaller that divides c."""
-    groups = max(min(32, c // 4), 1)
-    while c % groups:
-        groups -= 1
+    """Group norm with EDM's min(32, c / 4) groups, or fewer where that does not divide c."""
+    groups = math.gcd(min(32, max(c // 4, 1)), c)
     return nn.GroupNorm(groups, c, 1e-5 if adm else 1e-6)
 
 
@@ -662,9 +686,7 @@ class Block(nn.Module):
         if c_in != c_out or (resample and not adm):
             self.skip = nn.Conv2d(c_in, c_out, 1)
         if attention:
-            self.heads = max(c_out // 64, 1) if adm else 1      # ADM: 64 channels a head
-            while c_out % self.heads:
-                self.heads -= 1
+            self.heads = math.gcd(c_out // 64, c_out) if adm else 1     # ADM: 64 channels a head
             self.norm2, self.proj = group_norm(c_out, adm), nn.Conv2d(c_out, c_out, 1)
             self.qkv = nn.Conv2d(c_out, 3 * c_out, 1)
 
@@ -715,59 +737,59 @@ class UNet(nn.Module):
             self.map_label = nn.Linear(label_dim, c_emb if adm else width, bias=not adm)
         if augment_dim:         # EDM's augmentation labels; zero here, so it is only carried along
             self.map_augment = nn.Linear(augment_dim, width, bias=False)
-        if second:
-            self.map_second = nn.Linear(16, c_emb)
-        sides = [resolution // patch >> i for i in range(len(mult))]
-        names, c, skips = [f"{side}x{side}" for side in sides], width, [width]
         first = nn.Conv2d(channels * patch**2, width, 3, padding=1)
-        self.enc, self.dec = nn.ModuleDict({f"{names[0]}_conv": first}), nn.ModuleDict()
-        for i, name in enumerate(names):
+        last = nn.Conv2d(width * mult[0], channels * patch**2, 3, padding=1)
+        sides = [resolution // patch >> i for i in range(len(mult))]
+        self.enc, skips = nn.ModuleDict({f"{sides[0]}x{sides[0]}_conv": first}), [width]
+        for i, side in enumerate(sides):
+            c, c_out = skips[-1], width * mult[i]
             if i:
-                self.enc[f"{name}_down"] = Block(c, c, c_emb, adm, "down")
+                self.enc[f"{side}x{side}_down"] = Block(c, c, c_emb, adm, "down")
                 skips.append(c)
             for k in range(blocks):
-                c_in, c = c, width * mult[i]
-                self.enc[f"{name}_block{k}"] = Block(c_in, c, c_emb, adm, "", sides[i] in attention)
-                skips.append(c)
-        self.feature_shape = (c, sides[-1], sides[-1])
-        for i, name in reversed(list(enumerate(names))):
-            if i == len(mult) - 1:
-                self.dec[f"{name}_in0"] = Block(c, c, c_emb, adm, "", True)
-                self.dec[f"{name}_in1"] = Block(c, c, c_emb, adm)
-            else:
-                self.dec[f"{name}_up"] = Block(c, c, c_emb, adm, "up")
-            for k in range(blocks + 1):
-                c_in, c = c + skips.pop(), width * mult[i]
-                attend = sides[i] in attention and (adm or k == blocks)
-                self.dec[f"{name}_block{k}"] = Block(c_in, c, c_emb, adm, "", attend)
-        norm, conv = group_norm(c, adm), nn.Conv2d(c, channels * patch**2, 3, padding=1)
+                block = Block(skips[-1], c_out, c_emb, adm, "", side in attention)
+                self.enc[f"{side}x{side}_block{k}"] = block
+                skips.append(c_out)
+        self.feature_shape = (skips[-1], sides[-1], sides[-1])
+        self.dec = self.make_decoder(skips, sides, c_emb)
         if adm:
-            self.out_norm, self.out_conv = norm, conv
+            self.out_norm, self.out_conv = group_norm(width * mult[0], adm), last
         else:
-            self.dec[f"{names[0]}_aux_norm"], self.dec[f"{names[0]}_aux_conv"] = norm, conv
-        self.initialise(conv)
+            self.dec[f"{sides[0]}x{sides[0]}_aux_norm"] = group_norm(width * mult[0], adm)
+            self.dec[f"{sides[0]}x{sides[0]}_aux_conv"] = last
+        self.initialise(last)
+        if second:
+            self.map_second = xavier(nn.Linear(16, c_emb), 0)
+
+    def make_decoder(self, skips, sides, c_emb):
+        """The encoder's mirror image, one block more a level; each also takes a feature."""
+        dec, c, how = nn.ModuleDict(), skips[-1], self.spec
+        for i, side in reversed(list(enumerate(sides))):
+            if side == sides[-1]:
+                dec[f"{side}x{side}_in0"] = Block(c, c, c_emb, self.adm, "", True)
+                dec[f"{side}x{side}_in1"] = Block(c, c, c_emb, self.adm)
+            else:
+                dec[f"{side}x{side}_up"] = Block(c, c, c_emb, self.adm, "up")
+            for k in range(how["blocks"] + 1):
+                c_in, c = c + skips.pop(), self.width * how["mult"][i]
+                attend = side in how["attention"] and (self.adm or k == how["blocks"])
+                dec[f"{side}x{side}_block{k}"] = Block(c_in, c, c_emb, self.adm, "", attend)
+        return dec
 
     def initialise(self, conv):
-        blocks = [m for m in self.modules() if isinstance(m, Block)]
-        attending = [b for b in blocks if b.heads]
-        quiet = [conv] + [b.conv1 for b in blocks] + [b.proj for b in attending]
-        if self.adm:                # PyTorch's own, but every residual branch starts at zero
-            for layer in quiet:
-                zero(layer)
-            if self.label_dim:
-                nn.init.normal_(self.map_label.weight)
-        else:
-            for name, p in self.named_parameters():
-                if name.endswith("bias") and "norm" not in name:
-                    nn.init.zeros_(p)
-                elif p.ndim > 1:
-                    nn.init.xavier_uniform_(p)
-            for layer in quiet:
-                nn.init.xavier_uniform_(layer.weight, 1e-5)
-            for block in attending:
-                nn.init.xavier_uniform_(block.qkv.weight, 0.2**0.5)
-        if self.spec["second"]:
-            zero(self.map_second)
+        """ADM: PyTorch's own; DDPM++: Xavier's; in both, residual branches start about zero."""
+        if not self.adm:
+            xavier(self)
+        xavier(conv, 0 if self.adm else 1e-5)
+        for block in self.modules():
+            if isinstance(block, Block):
+                xavier(block.conv1, 0 if self.adm else 1e-5)
+                if block.heads:
+                    xavier(block.proj, 0 if self.adm else 1e-5)
+                if block.heads and not self.adm:
+                    xavier(block.qkv, 0.2**0.5)
+        if self.adm and self.label_dim:
+            nn.init.normal_(self.map_label.weight)
 
     def embed(self, c_noise, label, second):
         """Embedding (B, 4 width) of noise level, label and second number."""
@@ -878,7 +900,7 @@ def in_parts(function, *tensors, most=None):
 def heun_sample(denoiser, z, label=None, steps=18, sigma_min=0.002, sigma_max=80.0, churn=0.0):
     """EDM's second-order sampler (EDM, Algorithm 2): unit noise z (B, ...) to samples of z's shape
     by 2 steps - 1 network calls. churn > 0 adds fresh noise. The state is kept in float64."""
-    def slope_at(x, sigma):                             # dx/dsigma (EDM, Eq. 3)
+    def slope_at(x, sigma):                             # dx/dsigma (EDM, Eqs. 1 and 3)
         return (x - denoiser(x.to(z.dtype), level(z, sigma), label).double()) / sigma
 
     sigmas = karras_sigmas(steps, sigma_min, sigma_max).tolist()
@@ -898,21 +920,20 @@ def heun_sample(denoiser, z, label=None, steps=18, sigma_min=0.002, sigma_max=80
 
 def teacher_samples(cfg, teacher, z, label, sigma_max):
     """What the teacher's ODE makes of noise z (N, ...) from sigma_max, by 35 calls each."""
-    def solve(z, label):
-        return heun_sample(teacher, z, label, 18, cfg.sigma_min, sigma_max)
-
+    solve = functools.partial(heun_sample, teacher, sigma_min=cfg.sigma_min, sigma_max=sigma_max)
     return in_parts(solve, z, label, most=cfg.batch // cfg.accumulate)
 
 
 def teacher_pairs(cfg, data, teacher, count):
     """`count` pairs of unit noise z and the end x of the teacher's ODE from there, as (z, label or
     None, x) on the CPU; 1000 a file beside the runs, so that an interrupted call goes on."""
+    parts, device = [], pick_device(cfg)
+
     def make(i, n):
         torch.manual_seed(i)
         z, label = torch.randn(n, *data.shape, device=device), draw_label(n, data, device)
         return z, label, teacher_samples(cfg, teacher, z, label, cfg.sigma_init)
 
-    parts, device = [], pick_device(cfg)
     with fork_rng(device):                              # the caller's random numbers stay the same
         key = checksum([cfg.sigma_min, cfg.sigma_init, data.class_weights], *make(0, 4))
         for i in tqdm(range(0, count, 1000), "pairs", disable=rank() > 0, ncols=79):
@@ -937,10 +958,8 @@ def checksum(facts, *tensors):
 
 def load_tensors(path):
     """What torch.save wrote; UserError if it is damaged."""
-    try:
+    with blame(f"{path} is damaged, or no file of onestep"):
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:          # whatever torch.load meets in a foreign or damaged file
-        raise UserError(f"{path} is damaged, or no file of onestep ({type(e).__name__})")
 
 
 # What sampling and saving want to know of any student, beside its weights.
@@ -966,13 +985,11 @@ def load_denoiser(path, cfg, network=None):
     saved = load_tensors(path)
     need(isinstance(saved, dict) and saved.get("onestep") == 2, f"{path} is no ema.pt of onestep 2")
     need(network or "kind" in saved, f"{path} has a network of your own; pass it as `network`")
-    try:
+    with blame(f"{path} does not fit its network"):
         if network is None:
             net = {"MLP": MLP, "UNet": UNet}[saved["kind"]](**saved["spec"])
             network = Denoiser(net, saved["sigma_data"], cfg.dtype)
         network.load_state_dict(saved["model"])
-    except (KeyError, TypeError, RuntimeError) as e:
-        raise UserError(f"{path} does not fit its network ({type(e).__name__})")
     vars(network).update({name: saved[name] for name in ("config", *ATTRIBUTES)})
     return place(network.eval(), cfg)
 
@@ -989,8 +1006,10 @@ class _Inert:
         self.state = state
 
 
-def _tensor(storage, offset, size, stride, *_):         # as_strided raises outside of the storage
+def _tensor(storage, offset, size, stride, *_):
     flat = torch.empty(0, dtype=storage.dtype).set_(storage._untyped_storage)
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride))
+    need(0 <= offset <= last < len(flat), "a tensor lies outside of its storage")
     return flat.as_strided(size, stride, offset)
 
 
@@ -1033,45 +1052,46 @@ def edm_weights(module, prefix="", depth=0):
     return found
 
 
-def read_edm(path):
-    """The Denoiser of EDM's .pkl; some Exception for anything else."""
-    with open(path, "rb") as f:
-        outer = _EdmReader(f).load()["ema"]
-    name = outer.class_name[:40] if isinstance(outer.class_name, str) else "unknown"
-    need(name != "Precond", "it is EDM2's, which is not supported")
-    need(name == "EDMPrecond", f"its network is {name!r}, not EDM's EDMPrecond")
-    known, inner = outer.state, outer.state["_modules"]["model"]
-    given, adm = inner.state["_init_kwargs"], inner.class_name == "DhariwalUNet"
-    # its only filter is [1, 1], which Block.resize knows
-    weights = {name: t for name, t in edm_weights(inner).items() if t.shape != (1, 1, 2, 2)}
-    need(sum(t.numel() for t in weights.values()) <= path.stat().st_size, "it is too short")
-    need(len(given.get("channel_mult", [])) < 9 and given.get("num_blocks", 4) < 99, "too deep")
-    with torch.device("meta"):
-        net = UNet(known["img_resolution"], known["img_channels"], known["label_dim"],
-                   given.get("model_channels", 192 if adm else 128),
-                   given.get("channel_mult", [1, 2, 3, 4] if adm else [1, 2, 2, 2]),
-                   given.get("num_blocks", 3 if adm else 4),
-                   given.get("attn_resolutions", [32, 16, 8] if adm else [16]),
-                   given.get("augment_dim", 0), adm)
-    need({name: p.shape for name, p in net.state_dict().items()}
-         == {name: t.shape for name, t in weights.items()},
-         "its network is neither DDPM++ nor ADM (the -vp and -adm files are)")
-    net.load_state_dict({name: t.float().contiguous() for name, t in weights.items()}, assign=True)
-    need(0 < float(known["sigma_data"]) < math.inf, "its sigma_data is no positive number")
-    return Denoiser(net, float(known["sigma_data"]))
-
-
 def load_edm(path, cfg):
     """The Denoiser of an official EDM checkpoint (.pkl), read as data: nothing in it is run, and
     EDM's source is not needed. Without EDM's dropout. Raises UserError for any other file."""
-    need(Path(path).is_file(), f"{path}: no such file")
-    try:
-        denoiser = read_edm(Path(path))
-    except Exception as e:          # whatever damaged or hostile bytes lead to
-        why = str(e) if isinstance(e, UserError) else f"it is something else, or damaged: {type(e)}"
-        raise UserError(f"{path} is no EDM checkpoint: {why}") from None
-    denoiser.dtype, denoiser.config = cfg.dtype, {}
+    with blame(f"{path} is no EDM checkpoint"):
+        with open(path, "rb") as f:
+            outer = _EdmReader(f).load()["ema"]
+        name = outer.class_name[:40] if isinstance(outer.class_name, str) else "unknown"
+        need(name != "Precond", "it is EDM2's, which is not supported")
+        need(name == "EDMPrecond", f"its network is {name!r}, not EDM's EDMPrecond")
+        known, inner = outer.state, outer.state["_modules"]["model"]
+        # its only filter is [1, 1], which Block.resize knows
+        weights = {name: t for name, t in edm_weights(inner).items() if t.shape != (1, 1, 2, 2)}
+        size = sum(t.numel() for t in weights.values())
+        need(size <= os.path.getsize(path), "it is too short for its weights")
+        with torch.device("meta"):
+            net = UNet(**edm_spec(known, inner))
+        sizes = {name: p.shape for name, p in net.state_dict().items()}
+        need(sizes == {name: t.shape for name, t in weights.items()},
+             "its network is neither DDPM++ nor ADM (the -vp and -adm files are)")
+        weights = {name: t.float().contiguous() for name, t in weights.items()}
+        net.load_state_dict(weights, assign=True)
+        denoiser = Denoiser(net, float(known["sigma_data"]), cfg.dtype)
+        need(0 < denoiser.sigma_data < math.inf, "its sigma_data is no positive number")
+    denoiser.config = {}
     return place(denoiser.eval(), cfg)
+
+
+def edm_spec(known, inner):
+    """UNet's arguments from those that EDM's two modules were made with."""
+    adm = inner.class_name == "DhariwalUNet"
+    usual = dict(model_channels=128, channel_mult=[1, 2, 2, 2], num_blocks=4, attn_resolutions=[16])
+    if adm:
+        usual = dict(model_channels=192, channel_mult=[1, 2, 3, 4], num_blocks=3,
+                     attn_resolutions=[32, 16, 8])
+    how = usual | inner.state["_init_kwargs"]
+    need(len(how["channel_mult"]) < 9 and how["num_blocks"] < 99, "it is too deep")
+    return dict(resolution=known["img_resolution"], channels=known["img_channels"], adm=adm,
+                label_dim=known["label_dim"], width=how["model_channels"], mult=how["channel_mult"],
+                blocks=how["num_blocks"], attention=how["attn_resolutions"],
+                augment_dim=how.get("augment_dim", 0))
 
 
 def load_teacher(cfg, data, teacher=None):
@@ -1126,7 +1146,8 @@ def fit_teacher(cfg, data, exact=None):
         folder = runs_folder(cfg) / f"teacher-{cfg.data}-{checksum(same, x, label, answers)}"
         fit = Shared(**same, out=str(folder), resume=True, device=cfg.device, compile=cfg.compile,
                      recompute=cfg.recompute)
-        if not max(largest([(folder / "metrics.json").exists()])):
+        done, = largest([(folder / "metrics.json").exists()])
+        if not done:
             train_teacher(fit, data, exact)
     return load_denoiser(folder, cfg)
 
@@ -1181,7 +1202,6 @@ extern "C" __global__ void weighted_score_gradient(const float* x, const float* 
     }
 }
 """
-KERNEL = []                 # the compiled kernel, or None where it does not work
 
 
 @torch.no_grad()
@@ -1207,18 +1227,16 @@ def weighted_score_gradient(x, d_real, d_fake, h):
     return torch.where(g.isfinite(), g, 0.0)
 
 
+@functools.cache
 def load_kernel():
     """The kernel, compiled by PyTorch's own NVRTC; None, after one warning, if that fails."""
-    if not KERNEL:
-        try:
-            from torch.utils import cpp_extension
-            if cpp_extension.CUDA_HOME is None:
-                cpp_extension.CUDA_HOME = ""            # PyTorch asks for it, though NVRTC does not
-            KERNEL.append(torch.cuda._compile_kernel(WEIGHTING_CUDA, "weighted_score_gradient"))
-        except Exception as e:      # no NVRTC, no such function in this PyTorch, a compiler's error
-            warnings.warn(f"the weighting op runs in plain PyTorch, its CUDA kernel failed: {e}")
-            KERNEL.append(None)
-    return KERNEL[0]
+    try:
+        from torch.utils import cpp_extension
+        if cpp_extension.CUDA_HOME is None:
+            cpp_extension.CUDA_HOME = ""                # PyTorch asks for it, though NVRTC does not
+        return torch.cuda._compile_kernel(WEIGHTING_CUDA, "weighted_score_gradient")
+    except Exception as e:          # no NVRTC, no such function in this PyTorch, a compiler's error
+        warnings.warn(f"the weighting op runs in plain PyTorch, its CUDA kernel failed: {e}")
 
 
 def loss_with_gradient(x, g):
@@ -1277,27 +1295,32 @@ def inception_features(path, images, device):
     return torch.cat(parts)
 
 
-def fid_reference(cfg, real):
-    """(mean, covariance) float64 of EDM's file --fid_ref, or of features real (n, 2048)."""
-    if cfg.fid_ref.isdigit() or not cfg.fid_ref:
-        return real.double().mean(0), real.double().T.cov()
-    with np.load(cfg.fid_ref) as z:
-        return torch.from_numpy(z["mu"]).double(), torch.from_numpy(z["sigma"]).double()
+def spread(rows, count):
+    """`count` of the rows, evenly spread: the first ones may all be of one class."""
+    return rows[torch.arange(count) * len(rows) // count]
 
 
-def check_fid(cfg, data):
-    """Raise UserError if --fid and --fid_ref cannot work with this data: before any long work."""
-    try:
-        blank = torch.zeros(2, *data.shape, dtype=torch.uint8)
-        found = inception_features(cfg.fid, blank, torch.device("cpu"))
-        need(fid_reference(cfg, found)[0].shape == found[0].shape, "another network's features")
-        need(hasattr(data, "images"), "it is for data that is a set of images")
-        count = int(cfg.fid_ref) if cfg.fid_ref.isdigit() else len(data.images)
+def fid_reference(cfg, data):
+    """(features (n, 2048) of training images, mean and covariance, float64, of them or of EDM's
+    file --fid_ref), the features kept beside the runs. UserError if --fid cannot work: a run asks
+    before any long work."""
+    given = not (cfg.fid_ref or "2").isdigit()
+    with blame(f"--fid {cfg.fid} with --fid_ref {cfg.fid_ref!r} cannot be used"):
+        count = min(len(data.images), 10000 if given else int(cfg.fid_ref or len(data.images)))
         need(min(count, cfg.samples) > 3, "at least 4 images and --samples are needed")
-    except Exception as e:          # whatever PyTorch and numpy meet in foreign files
-        why = str(e).strip().split("\n")[0][:150]
-        raise UserError(f"--fid {cfg.fid} is not the Inception network, or --fid_ref {cfg.fid_ref} "
-                        f"neither a number of training images nor EDM's .npz: {why}") from None
+        real, network = spread(data.images, count), Path(cfg.fid).read_bytes()
+        key = checksum([count, len(data.images), hashlib.sha256(network).hexdigest()], real[:100])
+        path = runs_folder(cfg) / f"fidref-{cfg.data}-{key}.pt"
+        if not path.exists():
+            found = inception_features(cfg.fid, real, pick_device(cfg))
+            write_atomically(path, lambda f: torch.save(found, f))
+        real = load_tensors(path)
+        mean, cov = real.double().mean(0), real.double().T.cov()
+        if given:
+            with np.load(cfg.fid_ref) as z:
+                mean, cov = [torch.from_numpy(z[name]).double() for name in ("mu", "sigma")]
+        need(mean.shape == real[0].shape, "its features are another network's")
+    return real, mean, cov
 
 
 def frechet_distance(mean1, cov1, mean2, cov2):
@@ -1320,35 +1343,22 @@ def precision_recall(real, fake, k=3):
     return share(fake, real), share(real, fake)
 
 
-def fid(cfg, data, samplers):
-    """FID of each {name: draw(n, label) -> x} by --samples samples, precision and recall by up to
-    10,000. Names say it all: fid50k_train50k_student is 50,000 samples against 50,000 training
-    images, spread evenly over the data. Their features are kept beside the runs."""
+def fid(cfg, data, draw):
+    """FID of draw(n, label) -> x by --samples samples, precision and recall by up to 10,000. Names
+    say it all: fid50k_train50k is 50,000 samples against 50,000 training images, spread evenly."""
     def name(n):
         return f"{n // 1000}k" if n % 1000 == 0 else str(n)
 
-    def spread(rows, count):
-        return rows[torch.arange(count) * len(rows) // count]
-
-    device, given = pick_device(cfg), not (cfg.fid_ref or "2").isdigit()
-    count = min(len(data.images), 10000 if given else int(cfg.fid_ref or len(data.images)))
-    facts = [count, len(data.images), hashlib.sha256(Path(cfg.fid).read_bytes()).hexdigest()]
-    key = checksum(facts, spread(data.images, min(count, 100)))
-    cache = runs_folder(cfg) / f"fidref-{cfg.data}-{key}.pt"
-    if not cache.exists():
-        found = inception_features(cfg.fid, spread(data.images, count), device)
-        write_atomically(cache, lambda f: torch.save(found, f))
-    real, out = load_tensors(cache), {}
-    against = Path(cfg.fid_ref).stem if given else f"train{name(count)}"
-    for who, draw in samplers.items():
-        x = to_uint8(draw(cfg.samples, draw_label(cfg.samples, data, device)))
-        fake = inception_features(cfg.fid, x, device)
-        out[f"fid{name(len(fake))}_{against}_{who}"] = frechet_distance(
-            fake.double().mean(0), fake.double().T.cov(), *fid_reference(cfg, real))
-        k = min(len(real), len(fake), 10000)
-        precision, recall = precision_recall(spread(real, k), fake[:k])
-        out |= {f"precision{name(k)}_{who}": precision, f"recall{name(k)}_{who}": recall}
-    return out
+    (real, *reference), device = fid_reference(cfg, data), pick_device(cfg)
+    x = to_uint8(draw(cfg.samples, draw_label(cfg.samples, data, device)))
+    fake = inception_features(cfg.fid, x, device)
+    distance = frechet_distance(fake.double().mean(0), fake.double().T.cov(), *reference)
+    given = not (cfg.fid_ref or "2").isdigit()
+    against = Path(cfg.fid_ref).stem if given else f"train{name(len(real))}"
+    k = min(len(real), len(fake), 10000)
+    precision, recall = precision_recall(spread(real, k), fake[:k])
+    return {f"fid{name(len(fake))}_{against}": distance, f"precision{name(k)}": precision,
+            f"recall{name(k)}": recall}
 
 
 # ---- 8. a run ------------------------------------------------------------------------------------
@@ -1453,8 +1463,6 @@ def write_atomically(path, write):
         part.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as f:
             write(f)
-            f.flush()
-            os.fsync(f.fileno())
         os.replace(part, path)
     except (OSError, RuntimeError) as e:                # torch.save: a full disk is a RuntimeError
         raise UserError(f"could not write {path}, what was there is kept: {str(e).splitlines()[0]}")
@@ -1467,11 +1475,11 @@ def write_json(path, facts):
 
 
 def read_json(path):
-    """The dictionary in a file, None if there is none."""
+    """The dictionary in a file, {} if there is none."""
     try:
         return dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):
-        return None
+        return {}
 
 
 def runs_folder(cfg):
@@ -1502,7 +1510,7 @@ def begin(cfg, script):
     old = read_json(folder / "config.json")
     need(old or not folder.exists(), f"{folder} is there and is no run's folder; choose an --out")
     free = (*FREE, "steps", "minutes") if cfg.resume else FREE
-    for name in dataclasses.asdict(cfg).keys() & (old or {}).keys() - {*free}:
+    for name in dataclasses.asdict(cfg).keys() & old.keys() - {*free}:
         need(old[name] == getattr(cfg, name), f"{folder} holds a run with --{name} {old[name]}, "
              f"not {getattr(cfg, name)}; choose another --out")
 
@@ -1514,9 +1522,11 @@ class Run:
     renamed."""
 
     def __init__(self, cfg, script, **state):
-        self.cfg, self.script, self.state, self.device = cfg, script, state, pick_device(cfg)
-        self.dir, self.step, self.rows, self.seconds = run_folder(cfg, script), 0, [], 0.0
-        self.progress, self.last, self.stop, self.shown, self.budget = 0.0, False, 0, -1, 0.0
+        self.cfg, self.script, self.state, self.rows = cfg, script, state, []
+        self.device = pick_device(cfg)
+        self.dir = run_folder(cfg, script)
+        self.step, self.progress, self.last, self.seconds = 0, 0.0, False, 0.0
+        self.stop, self.shown, self.budget = 0, -1, 0.0
         self.part = cfg.batch // cfg.accumulate // processes()      # samples of one forward pass
         for part in state.values():
             if processes() > 1 and isinstance(part, torch.optim.Optimizer):
@@ -1552,21 +1562,24 @@ class Run:
             while not self.last:
                 self.look_at_clock()
                 yield self.step
-                self.step += 1
                 bar.update()
-                if len(self.rows) >= 50:
-                    self.flush()
-                if self.step % self.cfg.every == 0 or self.last or self.stop:
-                    self.save()
-                if self.stop and not self.last:
-                    raise KeyboardInterrupt(f"stopped, saved at step {self.step}; go on with "
-                                            "--resume", 128 + self.stop)
+                self.end_step()
         finally:
             bar.close()
             torch.set_num_threads(threads)
             for number, handler in before.items():
                 signal.signal(number, handler)
             self.seconds = time.time() - self.began
+
+    def end_step(self):
+        self.step += 1
+        if len(self.rows) >= 50:
+            self.flush()
+        if self.step % self.cfg.every == 0 or self.last or self.stop:
+            self.save()
+        if self.stop and not self.last:
+            sentence = f"stopped, saved at step {self.step}; go on with --resume"
+            raise KeyboardInterrupt(128 + self.stop, sentence)
 
     def catch_signals(self):
         """Let Ctrl-C and SIGTERM wait for the end of the step; a second one does not wait."""
@@ -1630,7 +1643,9 @@ class Run:
              f"{self.step}; the checkpoint before it is kept in {self.dir}; a lower --lr may help")
         names = ("step", "last", "progress", "shown", "budget")
         saved = {name: getattr(self, name) for name in names}
-        saved |= dict(seconds=time.time() - self.began, rng=[torch.get_rng_state()])
+        saved |= dict(seconds=time.time() - self.began, rng=[torch.get_rng_state()], log=0)
+        if (self.dir / "log.csv").exists():
+            saved["log"] = os.path.getsize(self.dir / "log.csv")
         if self.device.type == "cuda":
             saved["rng"].append(torch.cuda.get_rng_state(self.device))
         saved["state"] = {name: part if torch.is_tensor(part) else part.state_dict()
@@ -1642,13 +1657,10 @@ class Run:
 
     def restore(self):
         saved = load_tensors(self.dir / "last.pt")
-        try:
+        with blame(f"{self.dir}/last.pt is of other code; choose another --out to start afresh"):
             for name, part in self.state.items():
                 fill = part.copy_ if torch.is_tensor(part) else part.load_state_dict
                 fill(saved["state"][name])
-        except Exception as e:
-            raise UserError(f"{self.dir}/last.pt is of other code ({type(e).__name__}); choose "
-                            "another --out to start afresh")
         for name in ("step", "last", "progress", "shown", "budget", "seconds"):
             setattr(self, name, saved[name])
         if not self.cfg.minutes:
@@ -1658,11 +1670,8 @@ class Run:
             torch.set_rng_state(saved["rng"][0])
             for state in saved["rng"][1:]:
                 torch.cuda.set_rng_state(state, self.device)
-        log = self.dir / "log.csv"
-        if rank() == 0 and log.exists():                # rows after the checkpoint come again
-            first, *rows = log.read_text().splitlines() or [""]
-            rows = [row for row in rows if int(row.split(",")[0] or 0) <= self.step]
-            write_atomically(log, lambda f: f.write("\n".join([first, *rows, ""]).encode()))
+        if rank() == 0 and saved["log"]:                # rows after the checkpoint come again
+            os.truncate(self.dir / "log.csv", saved["log"])
 
     def finish(self, metrics):
         """metrics.json, log.png and samples.gif."""
@@ -1674,9 +1683,9 @@ class Run:
             draw_log(self.dir)
             draw_gif(self.dir)
 
-    def report(self, data, draw, others=None, **more):
-        """Measure the student draw(n, label) -> x, and with --fid `others` {name: draw}; write and
-        print the figures, `more` that are given among them, and where the picture is."""
+    def report(self, data, draw, **more):
+        """Measure the student draw(n, label) -> x; write and print the figures, those of `more`
+        among them, and where the picture is."""
         if rank():
             return
         cfg, metrics = self.cfg, dict(more)
@@ -1686,7 +1695,7 @@ class Run:
                 label = draw_label(cfg.samples, data, self.device)
                 metrics |= toy_metrics(draw(cfg.samples, label), data)
             elif cfg.fid:
-                metrics |= fid(cfg, data, dict(student=draw) | (others or {}))
+                metrics |= fid(cfg, data, draw)
         self.finish(metrics)
         for name, value in metrics.items():
             print(f"{name:24} {value:.5f}" if isinstance(value, float) else f"{name:24} {value}")

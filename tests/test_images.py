@@ -1,286 +1,308 @@
-"""ImageNet-64 in its two file formats, memory-mapped batches read ahead, FID's references, precision and recall, sampling."""
-import dataclasses
+"""Image files: MNIST, CIFAR-10, ImageNet-64 and one's own, whole, odd and damaged."""
+import io
 import json
-import subprocess
-import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-import bench_fid
 import common
-import sim
-from common import Images, Shared, UserError, load_data, precision_recall
-from conftest import ROOT, PowerCut, TinyInception, flat, main_in_process
-from edm_format import edm_bytes
-from test_common import write_cifar
-from test_edm import network
-
-CFG = dict(data="imagenet64", data_dir=".", device="cpu")
+from common import Images, Shared, UserError, load_data
 
 
-def write_batches(folder, sizes=(5, 7), classes=1000, data=None):
-    """train_data_batch_<i>.npz in the official layout; returns images (N, 3, 64, 64) and labels from 1."""
-    rng, images, labels = np.random.default_rng(0), [], []
-    for i, n in enumerate(sizes):
-        images.append(rng.integers(0, 256, (n, 12288), np.uint8))
-        labels.append(rng.integers(1, classes + 1, n))
-        np.savez(folder / f"train_data_batch_{i + 1}.npz", data=images[-1], labels=labels[-1], mean=images[-1].mean(0))
-    return np.concatenate(images).reshape(-1, 3, 64, 64), np.concatenate(labels)
+def random_images(*shape):
+    return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
 
 
-def png(image):
-    """A PNG file's bytes for (H, W, 3) uint8, by the format's definition: no library's reader checks another's writer."""
-    import struct
-    import zlib
-    h, w, _ = image.shape
-    chunk = lambda kind, raw: struct.pack(">I", len(raw)) + kind + raw + struct.pack(">I", zlib.crc32(kind + raw))
-    rows = b"".join(b"\0" + row.tobytes() for row in image)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", w, h, 8, 2, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(rows, 0)) + chunk(b"IEND", b"")
+def load(data, where=".", **flags):
+    return load_data(Shared(data=data, data_dir=str(where), device="cpu", **flags))
 
 
-def write_zip(path, images, labels):
+def refused(words, data, where=".", **flags):
+    """It ends in one sentence with these words."""
+    with pytest.raises(UserError, match=words) as e:
+        load(data, where, **flags)
+    assert "\n" not in str(e.value) and "--data_dir" in str(e.value) and len(str(e.value)) < 600
+
+
+def picture(image, kind="PNG"):
+    """The bytes of a picture file of image (C, H, W) or (H, W)."""
+    raw, pixels = io.BytesIO(), image.transpose(1, 2, 0) if image.ndim == 3 else image
+    Image.fromarray(pixels.squeeze()).save(raw, kind)
+    return raw.getvalue()
+
+
+def write_folder(folder, images, names):
+    for image, name in zip(images, names):
+        path = Path(folder, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture(image))
+
+
+def write_zip(path, images, labels=(), junk=False):
+    """EDM's zip: NNNNN/imgNNNNNNNN.png; labels None is its null, () no dataset.json."""
+    names = [f"{i // 5:05d}/img{i:08d}.png" for i in range(len(images))]
     with zipfile.ZipFile(path, "w") as z:
-        names = [f"{i // 5:05d}/img{i:08d}.png" for i in range(len(images))]
-        for name, image in zip(names, images):
-            z.writestr(name, png(image.transpose(1, 2, 0)))
-        z.writestr("dataset.json", json.dumps(dict(labels=[[n, int(k)] for n, k in reversed(list(zip(names, labels)))])))
+        for image, name in zip(images, names):
+            z.writestr(name, picture(image))
+            if junk:
+                z.writestr(f"__MACOSX/{name.replace('img', '._img')}", b"junk")
+        if labels is None or len(labels):
+            pairs = labels and [[name, int(k)] for name, k in zip(names, labels)][::-1]
+            z.writestr("dataset.json", json.dumps(dict(labels=pairs)))
 
 
-def test_official_batches_and_edm_zip(tmp_path):
-    """Both formats give the same images and classes, labels from 1 and from 0; the second call reads what the first wrote."""
-    images, labels = write_batches(tmp_path)
-    write_zip(tmp_path / "imagenet-64x64.zip", images, labels - 1)
-    for where in (tmp_path, tmp_path / "imagenet-64x64.zip"):
-        for _ in range(2):
-            data = load_data(Shared(**{**CFG, "data_dir": str(where)}, cond=True))
-            assert np.array_equal(data.images.numpy(), images) and np.array_equal(data.labels.numpy(), labels - 1)
-            assert data.shape == (3, 64, 64) and data.label_dim == 1000 and data.draw_label(4).shape == (4, 1000)
-    x, label = data.sample(50)
-    back = {common.to_uint8(a).numpy().tobytes() for a in (x[0], x[0].flip(2))} & {i.tobytes() for i in images}
-    assert len(back) == 1 and x.min() >= -1 and x.max() <= 1 and set(label.argmax(1).tolist()) <= set(labels - 1)
-    assert set(data.draw_label(200).argmax(1).tolist()) == set(labels - 1)              # classes that occur, all of them
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    """Nothing is downloaded in tests."""
+    def refuse(url, path, *_):
+        raise OSError("no network")
+
+    monkeypatch.setattr("torch.hub.download_url_to_file", refuse)
 
 
-def test_cifar10_as_edm_zip(tmp_path):
-    rows = write_cifar(tmp_path / "cifar-10-batches-bin", 2)
-    write_zip(tmp_path / "cifar10-32x32.zip", rows[:, 1:].reshape(-1, 3, 32, 32), rows[:, 0])
-    data = load_data(Shared(data="cifar10", data_dir=str(tmp_path / "cifar10-32x32.zip"), device="cpu"))
-    assert np.array_equal(data.images.flatten(1).numpy(), rows[:, 1:]) and np.array_equal(data.labels.numpy(), rows[:, 0])
+# ---- drawing ----
 
 
-def test_conversion_goes_on_where_it_stopped(tmp_path, monkeypatch):
-    """A kill in the second file: the next call reads only what is missing. A changed source starts over."""
-    images, _ = write_batches(tmp_path, (9000, 4))          # more than one part of 8192
-    real, asked = common._npz_rows, []
-
-    def broken(path, *args):
-        labels, rows = real(path, *args)
-
-        def some(skip):
-            asked.append((path.name[-5], skip))
-            for part in rows(skip):
-                yield part
-                if len(part) == 8192 and len(asked) == 1:
-                    raise PowerCut
-        return labels, some
-    monkeypatch.setattr(common, "_npz_rows", broken)
-    with pytest.raises(UserError, match="PowerCut"):
-        load_data(Shared(**CFG))
-    data = load_data(Shared(**CFG))
-    assert asked == [("1", 0), ("1", 8192), ("2", 0)] and np.array_equal(data.images.numpy(), images)
-    assert data.crc == common.zlib.crc32(images)
-    more, _ = write_batches(tmp_path, (3, 4))
-    assert np.array_equal(load_data(Shared(**CFG)).images.numpy(), more)
+@pytest.mark.parametrize("flip", [False, True])
+def test_samples(flip):
+    """In [-1, 1], as stored or, with --flip alone, half of them mirrored; with their own label."""
+    images, labels = random_images(20, 3, 8, 8), np.arange(20)
+    x, label = Images(images, labels, flip=flip).sample(400)
+    assert x.dtype == torch.float32 and x.min() == -1 and x.max() == 1
+    place = {image.tobytes(): (k, False) for k, image in enumerate(images)}
+    place |= {image[:, :, ::-1].tobytes(): (k, True) for k, image in enumerate(images)}
+    seen = [place[image.numpy().tobytes()] for image in common.to_uint8(x)]
+    assert [k for k, _ in seen] == label.argmax(1).tolist() and len({k for k, _ in seen}) == 20
+    assert abs(sum(mirrored for _, mirrored in seen) / 400 - 0.5 * flip) < 0.1
 
 
-def test_damaged_images(tmp_path):
-    """Each in one sentence: nothing there, a cut-off file, wrong shapes, labels out of range, PNGs of another size."""
-    def refused(words, where="."):
-        with pytest.raises(UserError, match=words):
-            load_data(Shared(**{**CFG, "data_dir": str(where)}))
-    refused("README says where")
-    write_batches(tmp_path)
-    raw = Path("train_data_batch_2.npz").read_bytes()
-    Path("train_data_batch_2.npz").write_bytes(raw[:len(raw) // 2])
-    refused("could not read or convert")
-    np.savez("train_data_batch_2.npz", data=np.zeros((4, 3072), np.uint8), labels=np.ones(4, int))
-    refused(r"data \(4, 3072\)")
-    np.savez("train_data_batch_2.npz", data=np.zeros((2, 12288), np.uint8), labels=np.array([0, 1]))
-    refused("labels 0 to 1, not 1 to 1000")
-    write_zip(tmp_path / "x.zip", np.zeros((2, 3, 32, 32), np.uint8), [0, 1])
-    refused("not 64x64 RGB", "x.zip")
-    Path("y.zip").write_bytes(b"<html>")
-    refused("could not read or convert", "y.zip")
+# ---- MNIST and CIFAR-10 ----
 
 
-@pytest.fixture
-def mapped(tmp_path, monkeypatch):
-    images, labels = write_batches(tmp_path, (40,))
-    monkeypatch.setattr(common, "ON_DEVICE", 0)
-    monkeypatch.setattr(Images, "ahead", None)
-    return images
+@pytest.mark.parametrize("folder", [".", "mnist"])
+@pytest.mark.parametrize("zipped", [False, True])
+def test_mnist(folder, zipped):
+    """The idx files' headers have 16 and 8 bytes; gzipped or not, in --data_dir or in mnist/."""
+    import gzip
+    images, labels = random_images(30, 1, 28, 28), np.arange(30) % 10
+    Path(folder).mkdir(exist_ok=True)
+    for name, raw in (("train-images-idx3-ubyte", bytes(16) + images.tobytes()),
+                      ("train-labels-idx1-ubyte", bytes(8) + labels.astype(np.uint8).tobytes())):
+        path = Path(folder, name + ".gz" * zipped)
+        path.write_bytes(gzip.compress(raw) if zipped else raw)
+    data = load("mnist", cond=True)
+    assert np.array_equal(data.images, images) and np.array_equal(data.labels, labels)
+    path.write_bytes(path.read_bytes()[:-5])
+    refused("", "mnist")
 
 
-def test_batches_read_ahead(mapped):
-    """What the thread read is what would be read without it; every image comes, half of them flipped; the seed decides all."""
-    def draws(wait, sizes=(64, 64, 16, 64)):
-        torch.manual_seed(3)
-        Images.ahead, data = None, load_data(Shared(**CFG, cond=True))
-        assert data.mapped
-        out = []
-        for n in sizes:
-            if not wait:
-                data.next = None                            # as if nothing had been read ahead
-            out.append(data.sample(n))
-            if wait:
-                data.next[1].result()
-        return out, torch.rand(3)
-    (one, end), (two, end2) = draws(True), draws(False)
-    assert all(torch.equal(a, b) for p, q in zip(one, two) for a, b in zip(p, q)) and torch.equal(end, end2)
-    assert not torch.equal(one[0][0], one[1][0])
-    where = {i.tobytes(): False for i in mapped} | {np.flip(i, 2).tobytes(): True for i in mapped}
-    seen = [where[common.to_uint8(x).numpy().tobytes()] for x, _ in one for x in x]
-    assert 0.35 < np.mean(seen) < 0.65 and len({common.to_uint8(x).numpy().tobytes() for x, _ in one for x in x}) > 60
+def write_cifar(folder, n=20):
+    """Five files in the official layout with n random images each; returns the rows."""
+    Path(folder).mkdir(parents=True)
+    rows = random_images(5, n, 3073)
+    rows[:, :, 0] %= 10
+    for i in range(5):
+        Path(folder, f"data_batch_{i + 1}.bin").write_bytes(rows[i].tobytes())
+    return rows.reshape(-1, 3073)
 
 
-def test_resume_with_batches_read_ahead_is_bit_exact(mapped, monkeypatch):
-    """4 steps, power cut, resume: the same weights as in one go, though the seed of the next batch was drawn before the checkpoint."""
-    def run(out, stop=None, resume=False):
-        cfg = Shared(**CFG, steps=6, every=2, batch=8, out=out, resume=resume, seed=1)
-        data, r = load_data(cfg), common.Run(cfg, "x")
-        net = common.Denoiser(common.UNet(64, 3, width=4, mult=(1,), blocks=1, attention=()))
-        ema = common.EMA(net, 0.5)
-        for step in r.steps(dict(net=net, ema=ema)):
-            if step == stop:
-                raise PowerCut
-            x, _ = data.sample(8)
-            with torch.no_grad():
-                next(net.parameters()).add_(x.mean() * torch.randn(()))
-            ema.update(net)
-            r.log(x=x.mean())
-        r.release()
-        return flat(net)
-    straight = run("straight")
-    with pytest.raises(PowerCut):
-        run("broken", stop=5)
-    common.Images.ahead = 12345
-    assert torch.equal(run("broken", resume=True), straight)
+@pytest.mark.parametrize("where", ["d", "d/cifar-10-batches-bin", "mine.tar.gz", "mine.zip"])
+def test_cifar10(where):
+    """The folder, the archive under any name, which is not unpacked, and EDM's zip."""
+    rows = write_cifar("d/cifar-10-batches-bin")
+    with tarfile.open("mine.tar.gz", "w:gz") as tar:
+        tar.add("d/cifar-10-batches-bin", "cifar-10-batches-bin")
+    write_zip("mine.zip", rows[:, 1:].reshape(-1, 3, 32, 32), rows[:, 0].tolist())
+    data = load("cifar10", where, cond=True)
+    assert np.array_equal(data.images.flatten(1), rows[:, 1:])
+    assert np.array_equal(data.labels, rows[:, 0]) and data.label_dim == 10
+    assert load("cifar10", where).sample(2)[1] is None and not Path("cifar-10-batches-bin").exists()
 
 
-def test_recompute_changes_no_gradient():
-    """--recompute keeps fewer activations and gives the same gradients, in both networks."""
-    for adm in (False, True):
-        grads, kept = [], []
-        for recompute in (False, True):
-            d = common.Denoiser(network(adm, resolution=16).requires_grad_(True))
-            d.net.recompute, sizes = recompute, []
-            with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append(t.numel()), t)[1], lambda t: t):
-                torch.manual_seed(0)
-                loss = d(torch.randn(2, 3, 16, 16), torch.ones(2), torch.eye(10)[:2]).square().sum()
-            loss.backward()
-            grads.append(torch.cat([p.grad.flatten() for p in d.parameters() if p.grad is not None]))
-            kept.append(sum(sizes))
-        assert torch.equal(*grads) and kept[1] < 0.5 * kept[0]
+def test_wrong_cifar10():
+    """Cut off, foreign, the python version, a label of 11, a lone file, no files."""
+    write_cifar("x")
+    for name, inside in (("cut", "cifar-10-batches-bin"), ("python", "cifar-10-batches-py")):
+        with tarfile.open(f"{name}.tar.gz", "w:gz") as tar:
+            for file in sorted(Path("x").iterdir()):
+                tar.add(file, f"{inside}/{file.stem if name == 'python' else file.name}")
+    Path("cut.tar.gz").write_bytes(Path("cut.tar.gz").read_bytes()[:200_000])
+    Path("page.tar.gz").write_text("<html>not found</html>")
+    write_cifar("label")
+    Path("label/data_batch_3.bin").write_bytes(bytes([11]) * 3073)
+    Path("lone").mkdir()
+    Path("lone/data_batch_1.bin").write_bytes(bytes(3073))
+    for where, words in {"cut.tar.gz": "binary", "python.tar.gz": "binary", "label": "11",
+                         "lone": "batch_2.bin", "nowhere": "network"}.items():
+        refused(words, "cifar10", where)
+    refused("binary", "cifar10", "page.tar.gz")
 
 
-def test_precision_recall():
-    """Equal laws cover each other; a narrow sample is precise but recalls little, a wide one the reverse; a far one nothing."""
-    real, same = torch.randn(2, 1000, 4)
-    assert min(precision_recall(real, same)) > 0.9
-    narrow, wide = precision_recall(real, 0.3 * same), precision_recall(real, 3 * same)
-    assert narrow[0] > 0.95 and narrow[1] < 0.5 and wide[0] < 0.5 and wide[1] > 0.85
-    assert precision_recall(real, same + 100) == (0, 0)
-    # by hand, k = 1: each real point's ball reaches its neighbour
-    real, fake = torch.tensor([[0.0], [1.0], [10.0]]), torch.tensor([[1.5], [30.0]])
-    assert precision_recall(real, fake, k=1) == (0.5, 1.0)                  # 30 is out of reach; 30's and 1.5's balls hold all
+@pytest.mark.parametrize("data", ["mnist", "cifar10", "imagenet64"])
+def test_no_download_into_a_folder_of_the_users(data, monkeypatch):
+    """A folder of PNGs is no place for 162 MB."""
+    write_folder("pngs", random_images(2, 1, 28, 28), ["a.png", "b.png"])
+    asked = []
+    monkeypatch.setattr("torch.hub.download_url_to_file", lambda *args: asked.append(args))
+    refused("", data, "pngs")
+    assert not asked and sorted(p.name for p in Path("pngs").iterdir()) == ["a.png", "b.png"]
 
 
-def test_fid_against_a_file_and_training_images(tmp_path):
-    """Names tell samples, reference and steps; equal samples and reference give 0; EDM's npz is the reference where it is named."""
-    write_cifar(tmp_path / "data", n=20)
-    torch.jit.script(TinyInception()).save("tiny.pt")
-    cfg = Shared(data="cifar10", data_dir="data", device="cpu", fid="tiny.pt", samples=100)
-    data = load_data(cfg)
-    order = torch.randperm(100)
-    real = lambda n, label: data.images[order[:n]].float() / 127.5 - 1
-    got = common.image_metrics(cfg, data, {"1_step": real})
-    assert abs(got["fid100_train100_1_step"]) < 1e-6 and got["precision100_1_step"] == got["recall100_1_step"] == 1
-    few = common.image_metrics(dataclasses.replace(cfg, fid_ref="30"), data, {"1_step": real})
-    assert few["fid100_train30_1_step"] > 1 and few["fid_ref"] == "cifar10 training images, 30" and few["fid_samples"] == 100
-    f = data.images.float().mean((2, 3)).double()
-    with pytest.raises(UserError, match="mu has shape"):
-        np.savez("small.npz", mu=f.mean(0), sigma=np.cov(f.T))
-        common.fid_reference(dataclasses.replace(cfg, fid_ref="small.npz"))
-    for bad in ("nowhere.npz", "-3", "all", __file__):
-        with pytest.raises(UserError, match="neither a number of training images nor"):
-            common.check(dataclasses.replace(cfg, fid_ref=bad))
+# ---- ImageNet-64 ----
 
 
-def test_train_against_test_benchmark(tmp_path, capsys):
-    """tests/bench_fid.py: the first N images of the five training files, in order, against the first N of the test file."""
-    rows = torch.from_numpy(write_cifar(tmp_path / "data" / "cifar-10-batches-bin", n=20))[:, 1:].reshape(-1, 3, 32, 32)
-    Path("data/cifar-10-batches-bin/test_batch.bin").write_bytes(Path("data/cifar-10-batches-bin/data_batch_5.bin").read_bytes())
-    torch.jit.script(TinyInception()).save("tiny.pt")
-    stats = [common.feature_statistics(x, TinyInception()) for x in (rows[:10], rows[80:90])]
-    assert bench_fid.main("data", "tiny.pt", "10") == pytest.approx(common.frechet_distance(*stats[0][:2], *stats[1][:2]), rel=1e-9)
-    assert "10 training against 10 test images: FID" in capsys.readouterr().out
+def write_batches(sizes=(5, 7), lowest=1):
+    """train_data_batch_<i>.npz in the official layout; images (N, 3, 64, 64), labels from 1."""
+    images, labels = random_images(sum(sizes), 3, 64, 64), np.arange(sum(sizes)) * 83 + lowest
+    for i, end in enumerate(np.cumsum(sizes)):
+        part = slice(end - sizes[i], end)
+        np.savez(f"train_data_batch_{i + 1}.npz", data=images[part].reshape(-1, 12288),
+                 labels=labels[part])
+    return images, labels
 
 
-def test_edms_reference_file(tmp_path, monkeypatch):
-    """FID against an npz of N(mu, I) is the closed form's, to 1e-6 relative."""
-    write_cifar(tmp_path / "data", n=20)
-    shift = torch.linspace(0, 1, 2048, dtype=torch.float64)
-    np.savez("edm-ref.npz", mu=shift.numpy(), sigma=np.eye(2048))
-    cfg = Shared(data="cifar10", data_dir="data", device="cpu", fid="tiny.pt", fid_ref="edm-ref.npz", samples=100)
-    torch.jit.script(TinyInception()).save("tiny.pt")
-    mean, cov = torch.zeros(2048, dtype=torch.float64), 4 * torch.eye(2048, dtype=torch.float64)
-    real = common.feature_statistics
-    monkeypatch.setattr(common, "feature_statistics", lambda *a, **k: (mean, cov, real(*a, **k)[2]))
-    monkeypatch.setattr(common, "load_inception", lambda *a: lambda x, return_features: x.float().flatten(1)[:, :2048])
-    got = common.image_metrics(cfg, load_data(cfg), {"1_step": lambda n, label: torch.zeros(n, 3, 32, 32)})
-    want = float(shift.square().sum()) + 2048 * (2 - 1) ** 2
-    assert abs(got["fid100_edm-ref_1_step"] - want) < 1e-6 * want and got["fid_ref"] == "edm-ref.npz"
+def test_imagenet_batches_in_edms_order():
+    """map_clsloc.txt has the synsets in another order than EDM's, which is sorted."""
+    synsets = [f"n{number:08d}" for number in np.random.default_rng(1).permutation(1000)]
+    lines = [f"{synset} {i + 1} kit_fox" for i, synset in enumerate(synsets)]
+    images, labels = write_batches()
+    refused("map_clsloc.txt", "imagenet64", cond=True, teacher="edm.pkl")
+    Path("map_clsloc.txt").write_text("\n".join(lines) + "\n")
+    data = load("imagenet64", cond=True, teacher="edm.pkl")
+    assert np.array_equal(data.images, images) and data.label_dim == 1000
+    assert data.labels.tolist() == [sorted(synsets).index(synsets[k - 1]) for k in labels]
 
 
-def test_sampling_command(tmp_path):
-    """python common.py sample: a checkpoint's pictures without any data; an unknown word says how it is used."""
-    (tmp_path / "edm.pkl").write_bytes(edm_bytes(network(False, width=4, blocks=1).state_dict()))
-    python = lambda *args: subprocess.run([sys.executable, str(ROOT / "common.py"), *map(str, args)], capture_output=True, text=True)
-    p = python("sample", "--teacher", "edm.pkl", "--data", "cifar10", "--cond", "--samples", 4, "--heun", 3, "--churn", 4, "--out", "out", "--device", "cpu")
-    assert p.returncode == 0, p.stderr
-    assert np.load("out/samples.npy").shape == (4, 3, 32, 32) and Path("out/samples.png").read_bytes()[:4] == b"\x89PNG"
-    metrics = json.loads(Path("out/metrics.json").read_text())
-    assert metrics["calls"] == 5 and metrics["n"] == 4 and metrics["teacher"] == "edm.pkl"
-    assert "common.py sample --teacher FILE" in python().stderr
+def test_imagenet_as_edms_zip():
+    """Read into a memory map once; the user's own files are neither touched nor added to."""
+    images, labels = random_images(12, 3, 64, 64), list(range(0, 996, 83))
+    Path("mine").mkdir()
+    write_zip("mine/imagenet.zip", images, labels)
+    Path("mine/imagenet.npy").write_text("mine")
+    before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in Path("mine").iterdir()}
+    for _ in range(2):
+        data = load("imagenet64", "mine/imagenet.zip", cond=True)
+        assert np.array_equal(data.images, images) and data.labels.tolist() == labels
+    assert before == {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in Path("mine").iterdir()}
+    made, = Path("runs").iterdir()
+    assert made.suffix == ".npy" and isinstance(np.load(made, mmap_mode="r"), np.memmap)
 
 
-def test_sampling_measures_a_toy():
-    """The exact teacher's samples are the data's; EDM's settings are the presets of the two image sets."""
-    code, err = main_in_process(type("m", (), dict(__name__="common", main=common.main, Config=common.Sampling, PRESETS=common.SAMPLING,
-                                                   train=common.sample_teacher, sample=None)), "--teacher", "exact", "--samples", 3000, "--out", "out")
-    assert code == 0, err
-    assert abs(json.loads(Path("out/metrics.json").read_text())["H"]) < 2e-3
-    presets = {name: common.parse(common.Sampling, common.SAMPLING, ["--data", name]) for name in ("cifar10", "imagenet64")}
-    assert [(c.heun, c.churn, c.sigma_max) for c in presets.values()] == [(18, 0, 80), (256, 40, 80)]
+def test_changed_files_are_read_again():
+    for color in (3, 200):
+        write_folder("own", np.full((2, 1, 8, 8), color, np.uint8), ["a.png", f"{color}.png"])
+        assert set(load("images", "own").images.flatten().tolist()) <= {3, color}
+    assert 200 in load("images", "own").images
 
 
-def test_imagenet64_presets():
-    """Batch sizes stay the papers', parts divide them, and the teacher's classes and shape are those of the data; a loss has its paper's rate."""
-    import consistency
-    import dmd
-    import fdistill
-    import rectflow
-    for module, batch in ((fdistill, 512), (dmd, 280), (sim, 8192), (consistency, 2048), (rectflow, 2048)):
-        cfg = common.parse(module.Config, module.PRESETS, ["--data", "imagenet64"])
-        assert (cfg.batch, cfg.net, cfg.cond) == (batch, "adm", True) and cfg.batch % cfg.micro == 0
-    of = lambda name, *flags: common.parse(consistency.Config, consistency.PRESETS, ["--data", name, *flags])
-    second = {loss: of("cifar10", "--loss", loss).mid / 2 for loss in ("cd", "ct", "ect", "scd", "sct", "sprint", "boot")}
-    assert {loss: round(sigma, 2) for loss, sigma in second.items()} == dict(       # sigma of the second call, in the papers
-        cd=1.38, ct=0.82, ect=0.82, scd=0.98, sct=0.98, sprint=0.78, boot=1.38)     # (boot: cd's)
-    assert [(of(name).q, of(name).stages, of(name, "--loss", "sprint").adv) for name in ("cifar10", "imagenet64")] == [(2, 8, 0.5), (4, 4, 0.5)]
-    rate = lambda *flags: of(*flags).lr
-    assert (rate("imagenet64"), rate("imagenet64", "--loss", "scd"), rate("cifar10"), rate("cifar10", "--lr", "0.5")) == (8e-6, 7e-5, 4e-4, 0.5)
+def test_wrong_imagenet():
+    """Nothing there, cut off, labels that are not 1 to 1000, of another number, another size."""
+    refused("train_data_batch_1.npz", "imagenet64")
+    write_batches(lowest=0)
+    refused("1", "imagenet64")
+    write_batches(lowest=500)
+    refused("", "imagenet64")
+    for data, n in ((np.zeros((4, 3072), np.uint8), 4), (np.zeros((4, 12288), np.uint8), 3),
+                    (np.zeros((4, 12288), np.uint8), 5)):
+        np.savez("train_data_batch_2.npz", data=data, labels=np.ones(n, int))
+        refused("", "imagenet64")
+    Path("train_data_batch_2.npz").write_bytes(Path("train_data_batch_1.npz").read_bytes()[:999])
+    refused("", "imagenet64")
+    write_zip("small.zip", random_images(2, 3, 32, 32), [0, 1])
+    refused("64", "imagenet64", "small.zip")
+    write_zip("grey.zip", random_images(2, 1, 64, 64), [0, 1])
+    refused("64", "imagenet64", "grey.zip")
+
+
+# ---- one's own ----
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("kind", ["folder", "zip", "first.npz", "last.npz"])
+def test_own_images(kind, channels):
+    """Grey or RGB, in class folders, a zip of EDM's, or an .npz with channels first or last."""
+    images, labels = random_images(6, channels, 12, 12), [0, 0, 1, 1, 2, 2]
+    if kind == "folder":
+        write_folder(kind, images, [f"{'abc'[k]}/{i}.png" for i, k in enumerate(labels)])
+    elif kind == "zip":
+        write_zip(kind, images, labels, junk=True)
+    else:
+        stored = images.transpose(0, 2, 3, 1) if kind == "last.npz" else images
+        stored = stored[..., 0] if kind == "last.npz" and channels == 1 else stored
+        np.savez(kind, images=stored, labels=labels)
+    data = load("images", kind, cond=True)
+    assert np.array_equal(data.images, images) and data.labels.tolist() == labels
+    assert data.class_weights == pytest.approx([1 / 3] * 3) and data.shape == (channels, 12, 12)
+    assert load("images", kind).sample(3)[1] is None
+
+
+@pytest.mark.parametrize("labels", [None, ()])
+def test_edms_zip_without_labels(labels):
+    """`"labels": null`, or no dataset.json: fine without --cond."""
+    write_zip("own.zip", random_images(6, 1, 8, 8), labels, junk=True)
+    assert load("images", "own.zip").images.shape == (6, 1, 8, 8)
+    if labels is None:
+        refused("--cond", "images", "own.zip", cond=True)
+
+
+def test_jpeg_and_what_a_system_adds():
+    """JPEG as well; hidden files and __MACOSX are not pictures."""
+    write_folder("own", random_images(2, 3, 8, 8), ["a.png", "__MACOSX/._a.png"])
+    Path("own/b.jpg").write_bytes(picture(np.full((3, 8, 8), 128, np.uint8), "JPEG"))
+    Path("own/.DS_Store").write_bytes(b"junk")
+    images = load("images", "own").images
+    assert images.shape == (2, 3, 8, 8) and abs(images[1].float() - 128).max() < 3
+
+
+def odd_pictures():
+    """{name: (image, mode)} that are none of 8-bit grey or RGB, square, a multiple of 4 wide."""
+    grey = random_images(8, 8)
+    return {"rgba": random_images(8, 8, 4), "16 bit": grey.astype(np.uint16) * 256,
+            "1 bit": grey > 99, "wide": random_images(8, 12), "odd": random_images(10, 10)}
+
+
+@pytest.mark.parametrize("name", odd_pictures())
+def test_wrong_pictures(name):
+    Path("own").mkdir()
+    Image.fromarray(odd_pictures()[name]).save("own/a.png")
+    refused("", "images", "own")
+
+
+def test_wrong_folders():
+    """Two sizes, classes for some, an empty class, a text, a cut picture, nothing, no folder."""
+    images = random_images(2, 1, 8, 8)
+    write_folder("sizes", [images[0], random_images(1, 12, 12)], ["a.png", "b.png"])
+    write_folder("some", images, ["a.png", "cat/b.png"])
+    write_folder("empty class", images, ["cat/a.png", "dog/b.png"])
+    Path("empty class/cow").mkdir()
+    write_folder("text", images, ["a.png", "b.png"])
+    Path("text/notes.txt").write_text("hello")
+    write_folder("cut", images, ["a.png", "b.png"])
+    Path("cut/b.png").write_bytes(Path("cut/a.png").read_bytes()[:60])
+    write_folder("flat", images, ["a.png", "b.png"])
+    Path("nothing").mkdir()
+    Path("page.zip").write_text("<html>")
+    zipfile.ZipFile("empty.zip", "w").close()
+    for where, words in {"sizes": "b.png", "some": "class", "empty class": "cow", "cut": "b.png",
+                         "text": "notes.txt", "nothing": "no images", "page.zip": "PNG",
+                         "empty.zip": "no images", "nowhere": "nowhere"}.items():
+        refused(words, "images", where)
+    refused("--cond", "images", "flat", cond=True)
+
+
+@pytest.mark.parametrize("arrays", [
+    dict(x=1), dict(images=random_images(4, 8, 8) / 255), dict(images=random_images(4, 64)),
+    dict(images=random_images(0, 3, 8, 8)), dict(images=np.array([None] * 4)),
+    dict(images=random_images(4, 2, 8, 8)), dict(images=random_images(4, 8, 6, 3)),
+    dict(images=random_images(4, 8, 8), labels=[0, 1]),
+    dict(images=random_images(4, 8, 8), labels=[0, 1, 2, -1]),
+    dict(images=random_images(4, 8, 8), labels=[0.5, 1, 2, 3])])
+def test_wrong_npz(arrays):
+    """No images, floats, no side, none at all, objects, 2 channels, not square; odd labels."""
+    np.savez("own.npz", **arrays)
+    refused("images", "images", "own.npz")
