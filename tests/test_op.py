@@ -164,7 +164,10 @@ def test_kernel_compiles(arch):
     source = common.WEIGHTING_CUDA.encode()
     options = (ctypes.c_char_p * 1)(f"-arch={arch}".encode())
     assert lib.nvrtcCreateProgram(ctypes.byref(program), source, b"", 0, None, None) == 0
-    assert lib.nvrtcCompileProgram(program, 1, options) == 0
+    error = lib.nvrtcCompileProgram(program, 1, options)
+    if error == 5:                                              # NVRTC_ERROR_INVALID_OPTION
+        pytest.skip(f"this NVRTC is too old for {arch}")
+    assert error == 0
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
