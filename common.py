@@ -12,7 +12,7 @@ stand in for another. The score is (D(x_t, sigma, label) - x_t) / sigma^2.
 Importing this file does no work. It is no script: start with `python fdistill.py`.
 """
 import argparse, contextlib, copy, csv, dataclasses, difflib, functools, gzip, hashlib, inspect, io
-import json, math, os, pickle, re, signal, sys, tarfile, time, warnings, zipfile
+import json, math, os, pickle, re, signal, sys, tarfile, tempfile, time, warnings, zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -155,8 +155,8 @@ def saved_flags(run, Config):
     """The flags of a finished run, from its config.json: what --sample starts from."""
     saved = read_json(Path(run) / "config.json")
     need(saved, f"--sample {run} is no run's folder: its config.json is missing or damaged")
-    mine = Path(inspect.getfile(Config)).stem == saved["script"]
-    need(mine, f"--sample {run} is a run of {saved['script']}.py")
+    script, mine = saved.get("script"), Path(inspect.getfile(Config)).stem
+    need(script == mine, f"--sample {run} holds no run of {mine}.py, but of {script}")
     known = {f.name for f in dataclasses.fields(Config)} - {*FREE, "seed"}
     return {name: saved[name] for name in known & saved.keys()}
 
@@ -328,7 +328,7 @@ class Images:
         i = torch.randint(len(self.images), (n,), device=self.images.device)
         x = self.images[i].to(self.device)
         x = x.float() / 127.5 - 1 if x.dtype == torch.uint8 else x.float()
-        if self.flip:
+        if self.flip and x.ndim == 4:
             x = torch.where(uniform(x) < 0.5, x, x.flip(3))
         if not self.label_dim:
             return x, None
@@ -342,18 +342,16 @@ def load_data(cfg, data=None):
     if data is None:
         data = TOYS[cfg.data] if cfg.data in TOYS else read_data(cfg)
     elif torch.is_tensor(data):
+        need(data.dtype == torch.uint8 or data.is_floating_point(), "data must be float or uint8")
         data = Images(data, None, 0, pick_device(cfg), cfg.flip)
     data = copy.copy(data)
     if isinstance(data, nn.Module):
         data = copy.deepcopy(data).to(pick_device(cfg))
-    if not hasattr(data, "class_weights"):              # of your own: find out what scripts ask for
-        x, label = data.sample(4096)
-        if not cfg.cond:
-            data.sample = functools.partial(unlabelled, data.sample)
-        data.shape, data.sigma_data = tuple(x.shape[1:]), float(x.std())
-        data.class_weights = [] if label is None else label.float().mean(0).tolist()
-    if not cfg.cond:
-        data.class_weights = []
+    if not hasattr(data, "class_weights"):
+        describe(data, cfg)
+    need(fits(data.shape), f"samples {data.shape} are neither points nor square images (C, 4k, 4k)")
+    need(data.class_weights or not cfg.cond, "the data has no labels: omit --cond")
+    data.class_weights = data.class_weights if cfg.cond else []
     data.label_dim = len(data.class_weights)
     if cfg.fid:
         need(hasattr(data, "images"), "--fid is for data that is a set of images")
@@ -375,8 +373,23 @@ WANTED = dict(
     ".npz: grey or RGB, of one size, square, side a multiple of 4")
 
 
-def unlabelled(sample, n):
-    return sample(n)[0], None
+def describe(data, cfg):
+    """Give data of your own, an object with sample(n), what the scripts ask a data set for."""
+    draw, (x, label) = data.sample, data.sample(4096)
+
+    def sample(n):
+        x, label = draw(n)
+        return x.float().to(pick_device(cfg)), label if cfg.cond else None
+
+    data.sample, data.shape, data.sigma_data = sample, tuple(x.shape[1:]), float(x.std())
+    data.class_weights = [] if label is None else label.float().mean(0).tolist()
+
+
+def fits(shape):
+    """Whether networks take samples of this shape: points (D,), or square images, grey or RGB."""
+    if len(shape) != 3:
+        return len(shape) == 1
+    return shape[0] in (1, 3) and shape[1] == shape[2] and shape[2] % 4 == 0
 
 
 def read_data(cfg):
@@ -386,16 +399,14 @@ def read_data(cfg):
     with blame(f"--data_dir {where} has no {WANTED[cfg.data]}"):
         images, labels = first_alone(readers.get(cfg.data, read_images), cfg, where)
         need(labels is not None or not cfg.cond, "its images have no labels: omit --cond")
-        n, c, height, width = images.shape
-        good = n and c in (1, 3) and height == width and width % 4 == 0 and images.dtype == np.uint8
+        good = len(images) and fits(images.shape[1:]) and images.dtype == np.uint8
         need(good, f"its images are {images.shape} {images.dtype}")
         return Images(images, labels, CLASSES[cfg.data], pick_device(cfg), cfg.flip)
 
 
 def download(cfg, url, path, sha256=None):
     """Fetch url to path, but not into a folder of the user's that has something else."""
-    mine = cfg.data_dir == "data" or not Path(cfg.data_dir).exists()
-    need(mine, "nothing of that kind is there")
+    need(cfg.data_dir == "data", "nothing of that kind is there")
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.hub.download_url_to_file(url, str(path), sha256)
 
@@ -445,6 +456,7 @@ def read_imagenet(cfg, where):
         return read_images(cfg, where, (3, 64, 64))
     order = np.arange(1000)
     if (where / "map_clsloc.txt").exists():             # lines such as "n02119789 1 kit_fox"
+        order[:] = -1
         words = (where / "map_clsloc.txt").read_text().split()
         for place, (synset, number) in enumerate(sorted(zip(words[::3], words[1::3]))):
             order[int(number) - 1] = place
@@ -452,7 +464,7 @@ def read_imagenet(cfg, where):
         need(not cfg.cond or not cfg.teacher.endswith(".pkl"), "the official map_clsloc.txt is "
              "missing: without it, classes are not in the teacher's order")
     labels = np.concatenate([np.load(file)["labels"].reshape(-1) for file in files])
-    need(labels.min() >= 1, "labels must count from 1")
+    need(labels.min() >= 1 and order[labels - 1].min() >= 0, "labels are not 1 to 1000, all mapped")
     parts = (np.load(file)["data"].reshape(-1, 3, 64, 64) for file in files)
     return memory_map(cfg, files, (len(labels), 3, 64, 64), parts), order[labels - 1]
 
@@ -470,7 +482,7 @@ def read_images(cfg, where, shape=None):
     need(names, "there are no images")
     need(not known or known.keys() >= set(names), "some images have a class and some have none")
     shape = read_picture(names[0], read(names[0]), shape).shape[1:]
-    need(shape[1] == shape[2] and shape[1] % 4 == 0, f"its images are {shape}")
+    need(fits(shape), f"its images are {shape}")
     parts = (read_picture(name, read(name), shape) for name in names)
     files = [where / name for name in names] if where.is_dir() else [where]
     labels = np.array([known[name] for name in names], np.int64) if known else None
@@ -990,7 +1002,7 @@ def load_denoiser(path, cfg, network=None):
             net = {"MLP": MLP, "UNet": UNet}[saved["kind"]](**saved["spec"])
             network = Denoiser(net, saved["sigma_data"], cfg.dtype)
         network.load_state_dict(saved["model"])
-    vars(network).update({name: saved[name] for name in ("config", *ATTRIBUTES)})
+        vars(network).update({name: saved[name] for name in ("config", *ATTRIBUTES)})
     return place(network.eval(), cfg)
 
 
@@ -1109,12 +1121,17 @@ def load_teacher(cfg, data, teacher=None):
              f"{found}the data is {data.shape} in {data.label_dim}: see --data and --cond")
     if isinstance(teacher, nn.Module):
         teacher.to(pick_device(cfg)).requires_grad_(False)
+    with fork_rng(pick_device(cfg)):                    # the caller's random numbers stay the same
+        x = torch.randn(2, *data.shape, device=pick_device(cfg))
+        answer = teacher(x, level(x, cfg.sigma_min), draw_label(2, data, x.device))
+    need(answer.shape == x.shape, f"the teacher gives {answer.shape} for x_t {x.shape}")
     return teacher
 
 
 def initial_student(cfg, data, teacher=None, student=None):
     """A trainable copy of the teacher, or of a network fitted to its answers if it is no Denoiser;
     or the module that is given. It gets what sampling and saving want to know (ATTRIBUTES)."""
+    need(student is None or student is not teacher, "student and teacher are one: pass a copy")
     if student is None:
         source = teacher if isinstance(teacher, Denoiser) else fit_teacher(cfg, data, teacher)
         student = copy.deepcopy(source)
@@ -1270,6 +1287,7 @@ def toy_metrics(x, data):
     if isinstance(data, GaussianMixture):
         near, k = torch.cdist(x, data.means).min(1)
         share = torch.bincount(k, minlength=len(data.means)) / len(x) / data.weights
+        share = share[data.weights > 0]
         out["in_3std"] = float((near < 3 * data.std).float().mean())
         near = torch.cdist(y, data.means).min(1).values
         out["in_3std_data"] = float((near < 3 * data.std).float().mean())
@@ -1309,6 +1327,7 @@ def fid_reference(cfg, data):
         count = min(len(data.images), 10000 if given else int(cfg.fid_ref or len(data.images)))
         need(min(count, cfg.samples) > 3, "at least 4 images and --samples are needed")
         real, network = spread(data.images, count), Path(cfg.fid).read_bytes()
+        real = real if real.dtype == torch.uint8 else to_uint8(real)
         key = checksum([count, len(data.images), hashlib.sha256(network).hexdigest()], real[:100])
         path = runs_folder(cfg) / f"fidref-{cfg.data}-{key}.pt"
         if not path.exists():
@@ -1497,8 +1516,8 @@ def run_folder(cfg, script):
     for name in sorted(now.keys() - {*FREE, "seed", "data"}):
         if now[name] != getattr(usual if name in words else preset, name):
             flags += f"-{name}={now[name]}".replace(os.sep, "_")
-    if len(flags) > 150:                                # no name may be longer than 255
-        flags = f"{flags[:140]}-{checksum(flags)}"
+    if len(flags) > 40:                                 # lines of output have 80 columns
+        flags = f"{flags[:30]}-{checksum(flags)}"
     return Path("runs") / f"{script}-{cfg.data}{flags}-{cfg.seed}"
 
 
@@ -1508,7 +1527,8 @@ def begin(cfg, script):
     cfg.started, folder = time.time(), run_folder(cfg, script)
     torch.manual_seed(cfg.seed)
     old = read_json(folder / "config.json")
-    need(old or not folder.exists(), f"{folder} is there and is no run's folder; choose an --out")
+    need(old.get("script") == script or not folder.exists(),
+         f"{folder} exists and is no run's folder of {script}; choose another --out")
     free = (*FREE, "steps", "minutes") if cfg.resume else FREE
     for name in dataclasses.asdict(cfg).keys() & old.keys() - {*free}:
         need(old[name] == getattr(cfg, name), f"{folder} holds a run with --{name} {old[name]}, "
@@ -1526,7 +1546,7 @@ class Run:
         self.device = pick_device(cfg)
         self.dir = run_folder(cfg, script)
         self.step, self.progress, self.last, self.seconds = 0, 0.0, False, 0.0
-        self.stop, self.shown, self.budget = 0, -1, 0.0
+        self.stop, self.shown, self.budget, self.held = 0, -1, 0.0, None
         self.part = cfg.batch // cfg.accumulate // processes()      # samples of one forward pass
         for part in state.values():
             if processes() > 1 and isinstance(part, torch.optim.Optimizer):
@@ -1535,15 +1555,35 @@ class Run:
         first_alone(self.open)
 
     def open(self):
-        if not self.cfg.resume and not rank() and (self.dir / "last.pt").exists():
-            aside = self.dir.with_name(f"{self.dir.name}~{time.strftime('%Y%m%d-%H%M%S')}")
-            self.dir.rename(aside)
-            print(f"the earlier run in {self.dir} is now {aside}")
+        if not rank():
+            self.lock()
+            earlier = (self.dir / "last.pt").exists()
+            if earlier and not self.cfg.resume:
+                aside = self.dir.with_name(f"{self.dir.name}~{time.strftime('%Y%m%d-%H%M%S')}")
+                self.dir.rename(aside)
+                print(f"the earlier run in {self.dir} is now {aside}")
+            elif self.cfg.resume and not earlier and self.script != "teacher":
+                print(f"nothing to resume in {self.dir}: it begins")
+        if self.cfg.resume and (self.dir / "last.pt").exists():
+            self.restore()
         if not rank():
             about = dict(script=self.script, torch=torch.__version__, processes=processes())
             write_json(self.dir / "config.json", dataclasses.asdict(self.cfg) | about)
-        if self.cfg.resume and (self.dir / "last.pt").exists():
-            self.restore()
+
+    def lock(self):
+        """Keep other processes out of the folder; a second fit of the same teacher waits."""
+        try:
+            import fcntl
+        except ImportError:                             # Windows has none
+            return
+        name = f"onestep-{checksum(str(self.dir.resolve()))}.lock"
+        self.held = open(Path(tempfile.gettempdir()) / name, "w")       # until `steps` ends
+        try:
+            fcntl.flock(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            need(self.script == "teacher", f"another process works in {self.dir}; wait for it")
+            print(f"waiting for the process that fits {self.dir}", flush=True)
+            fcntl.flock(self.held, fcntl.LOCK_EX)
 
     def steps(self):
         """Yield step numbers to the end of the training. Saves every --every steps, at the end, and
@@ -1555,7 +1595,8 @@ class Run:
             self.budget = max(1.0, 60 * self.cfg.minutes - (time.time() - self.cfg.started))
         self.began = time.time() - self.seconds
         length = f"{self.cfg.minutes} minutes" if self.cfg.minutes else f"{self.cfg.steps} steps"
-        print(f"{self.script} on {self.cfg.data}: {length} in {self.dir}", flush=True)
+        print(f"{self.script} on {self.cfg.data}: {length}; the picture while it learns:\n"
+              f"{self.dir}/samples.png", flush=True)
         bar = tqdm(total=None if self.cfg.minutes else self.cfg.steps, initial=self.step, ncols=79,
                    desc=self.script, disable=rank() > 0)
         try:
@@ -1570,6 +1611,8 @@ class Run:
             for number, handler in before.items():
                 signal.signal(number, handler)
             self.seconds = time.time() - self.began
+            if self.held:
+                self.held.close()
 
     def end_step(self):
         self.step += 1
@@ -1642,7 +1685,7 @@ class Run:
         need(all(p.isfinite().all() for p in ema.parameters()), f"weights are not finite at step "
              f"{self.step}; the checkpoint before it is kept in {self.dir}; a lower --lr may help")
         names = ("step", "last", "progress", "shown", "budget")
-        saved = {name: getattr(self, name) for name in names}
+        saved = {name: getattr(self, name) for name in names} | dict(minutes=self.cfg.minutes)
         saved |= dict(seconds=time.time() - self.began, rng=[torch.get_rng_state()], log=0)
         if (self.dir / "log.csv").exists():
             saved["log"] = os.path.getsize(self.dir / "log.csv")
@@ -1663,8 +1706,9 @@ class Run:
                 fill(saved["state"][name])
         for name in ("step", "last", "progress", "shown", "budget", "seconds"):
             setattr(self, name, saved[name])
-        if not self.cfg.minutes:
-            self.last = self.step >= self.cfg.steps
+        more = 60 * (self.cfg.minutes - saved["minutes"])
+        self.budget += more
+        self.last = self.last and more <= 0 if self.cfg.minutes else self.step >= self.cfg.steps
         torch.manual_seed(self.cfg.seed + 1_000_003 * rank() + self.step)
         if processes() == 1:
             torch.set_rng_state(saved["rng"][0])
@@ -1699,8 +1743,10 @@ class Run:
         self.finish(metrics)
         for name, value in metrics.items():
             print(f"{name:24} {value:.5f}" if isinstance(value, float) else f"{name:24} {value}")
-        print(f"{self.step} steps in {self.seconds:.0f} s; for more samples:")
-        print(f"    python {self.script}.py --sample {self.dir}\n{self.dir}/samples.png")
+        print(f"{self.step} steps in {self.seconds:.0f} s")
+        if isinstance(self.state["ema"], Denoiser):     # one of your own: sample() in Python
+            print(f"more samples: python {self.script}.py --sample {self.dir}")
+        print(f"{self.dir}/samples.png")
 
 
 def draw_log(folder):
@@ -1728,6 +1774,7 @@ def draw_gif(folder):
 
 def draw(cfg, sample):
     """--sample: --samples of the student in a run's folder, as draw.npy and draw.png there."""
+    check(cfg)
     student = load_denoiser(cfg.sample, cfg)
     student.config = dataclasses.asdict(cfg)            # the run's own, and the flags given now
     torch.manual_seed(cfg.seed)

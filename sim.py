@@ -1,32 +1,35 @@
 """
 Score implicit matching (SIM, arXiv 2410.16794), score identity distillation (SiD, 2404.04057).
 
-A one-step student x = G(z) learns to have the teacher's score at every noise level, x_t = x + sigma
-eps: it descends E d(y), d a distance and y = s_student(x_t) - s_teacher(x_t). How s_student changes
-with the student nobody knows, but with the law of x_t held fixed the gradient is that of a loss
-that needs only its value (SIM, Sec. 3.2):
+A one-step student x = G(z) is trained to have the teacher's score at every noise level, x_t = x +
+sigma eps: it descends E d(y), d a distance and y = s_student(x_t) - s_teacher(x_t). Nobody knows
+how s_student changes with the student's weights; but with the law of x_t fixed, the gradient is
+that of a loss that needs only its value (SIM, Sec. 3.2):
 
     L = -E[ d'(y)^T (s_student(x_t) - grad log q(x_t | x)) ],   q(x_t | x) = N(x, sigma^2)
     L + 2 (1 - alpha) E[ d(y) ]     alpha 1/2 lets the law of x_t move too; d = |y|^2: SiD's loss
 
-s_student comes from a second denoiser, the *fake score*, fitted to the student's samples all along.
-Gradients flow through x_t into both networks; only their weights are held fixed. L has a sign and
-hovers about 0: it tells nothing; `gap` in log.csv, E|d_real - d_fake|^2, does. No data is touched.
+s_student comes from a second denoiser, the *fake score*, fitted to the student's samples
+throughout. Gradients flow through x_t into both networks; only their weights are held fixed. L
+takes both signs and hovers about 0, so it shows no progress; gap in log.csv, E|d_real - d_fake|^2,
+does. The loop reads no data.
 
     python sim.py                               # ring of 8 Gaussians: half a minute
     python sim.py --distance huber --alpha 1    # score implicit matching
+    python sim.py --alpha 1.2                   # SiD
     python sim.py --data cifar10 --dtype bf16 --teacher edm-cifar10-32x32-cond-vp.pkl
 
 Differences from the papers and their code: 1. Both methods are one loss; alpha with the
-pseudo-Huber distance is in neither paper. It is twice SiD's, of no effect under Adam; SiD's factor
-100 is left out.  2. y and c are in units of x (differences of denoisers, sigma^2 times those of
-scores), and SiD's normaliser serves both distances.  3. On toys the fake score gets 2 or 3 updates
-per student update; with the papers' 1 the grid's modes are less even (H 0.0014 against 0.0005).
-4. On toys alpha is 0.5, not SiD's 1.2, which fails on the grid (H 0.999) and works on the ring
-(0.0003).  5. No dropout; Adam's beta2 is 0.99 (SiD: 0.999).  6. The EMA warms up, then its decay is
+pseudo-Huber distance is in neither paper. With l2 the loss is twice SiD's, of no effect under Adam;
+SiD's factor 100 is left out.  2. y and c are in units of x (differences of denoisers, sigma^2 times
+those of scores), and SiD's normaliser serves both distances.  3. On toys the fake score gets 2 or 3
+updates per student update; with the papers' 1 the grid's modes are less even (H 0.0014 against
+0.0005).  4. On toys alpha is 0.5, not SiD's 1.2, which fails on the grid (H 0.999) and works on the
+ring (0.0003); MNIST and own images use 1.  5. No dropout; Adam's beta2 is 0.99 (SiD: 0.999); SiD
+augments the fake score's input (p = 0.12 on CIFAR-10).  6. The EMA warms up, then its decay is
 constant; the rate falls to 0 over the last half.  7. A NaN ends the run, SiD drops such samples.
 8. SIM's settings for CIFAR-10 are not public: SiD's stand in.  9. Image settings fit one GPU and a
-day: 150,000 x 256 updates (SiD: 3 million of 256; ImageNet-64 122,000 of 8192).
+day: 150,000 updates of 256 (SiD: 3 million of 256; ImageNet-64 122,000 of 8192).
 """
 import copy
 from dataclasses import dataclass
@@ -36,19 +39,19 @@ import torch
 
 from common import (Run, Shared, begin, denoising_loss, draw_label, gallery, generate, in_parts,
                     initial_student, karras, load_data, load_teacher, lognormal_sigma, main, need,
-                    pick_device, set_lr, uniform, update_ema)
+                    set_lr, uniform, update_ema)
 
 
 @dataclass(init=False)
 class Config(Shared):
-    steps: int = 1000
+    steps: int = 1400
     batch: int = 512
     lr: float = 2e-3
     ema: float = 0.995
     sigma_init: float = 2.5
     distance: Literal["l2", "huber"] = "l2"     # d of the divergence E d(y)
     c: float = 0.001            # width of the pseudo-Huber distance, in units of x
-    alpha: float = 0.5          # 0.5: exact gradient of E d(y) | 1: SIM | 1.2: SiD, beyond SIM
+    alpha: float = 0.5          # 0.5: exact gradient of E d(y) | 1: SIM | 1.2: SiD
     u_max: float = 0.8          # the student's loss looks at this lower part of the noise ramp
     fake_updates: int = 2       # updates of the fake score per student update
     lr_fake: float = 2e-3       # its learning rate
@@ -62,19 +65,19 @@ PRESETS = {
     "grid": dict(fake_updates=3),       # 25 narrow modes want a closer fake score
     "mnist": dict(SMALL, cond=True),
     "images": SMALL,
-    # SiD's table: rates, alpha, EMA with a half-life of half a million images; sigma above 24.4 =
+    # SiD's table: rates, alpha, EMA half-life 0.5 and 2 million images; sigma above 24.4 =
     # karras(0.8) is left out. c as in consistency training, 0.00054 sqrt(3072): a guess.
     "cifar10": dict(LARGE, net="ddpmpp", teacher_steps=100_000, c=0.03, steps=150_000, accumulate=2,
                     lr=1e-5, lr_fake=1e-5, ema=0.99965),
     "imagenet64": dict(LARGE, net="adm", c=0.06, steps=40_000, accumulate=16, lr=4e-6, lr_fake=4e-6,
-                       ema=0.9991),
+                       ema=0.99991),
 }
 
 # ---- the method ----------------------------------------------------------------------------------
 
 
 def distance(y, kind, c):
-    """d(y) (B,) and d'(y) of y (B, ...): |y|^2, or sqrt(|y|^2 + c^2) - c (SIM, Sec. 3.3)."""
+    """d(y) (B,), its gradient d'(y) (B, ...): |y|^2, or sqrt(|y|^2 + c^2) - c (SIM, Sec. 3.3)."""
     square = y.square().flatten(1).sum(1)
     if kind == "l2":
         return square, 2 * y
@@ -84,9 +87,10 @@ def distance(y, kind, c):
 
 def sim_loss(x, d_real, d_fake, kind, c, alpha):
     """
-    Loss (B,) whose gradient in x, through d_real and d_fake (B, ...) as well, is that of E d(y)
-    (SIM, Sec. 3.2; SiD). In denoisers: y = d_fake - d_real is sigma^2 (s_fake - s_real), d_fake - x
-    is sigma^2 (s_fake - grad log q(x_t | x)).
+    Loss (B,) whose gradient in x, through d_real and d_fake (B, ...) as well, is that of E d(y) /
+    size, size held fixed: with the law of x_t fixed at alpha 1, the true one at 1/2 alone (SIM,
+    Sec. 3.2; SiD). In denoisers: y = d_fake - d_real is sigma^2 (s_fake - s_real), d_fake - x is
+    sigma^2 (s_fake - grad log q(x_t | x)).
     """
     y = d_fake - d_real
     d, slope = distance(y, kind, c)
@@ -99,14 +103,14 @@ def sim_loss(x, d_real, d_fake, kind, c, alpha):
 
 
 def train(cfg, data=None, teacher=None, student=None):
-    """Distil as cfg says, or what is given instead; returns the averaged student and its Run."""
+    """Distil as cfg says; what is passed in replaces what flags would load. -> (average, Run)"""
     begin(cfg, "sim")
     need(cfg.c > 0 and 0 < cfg.u_max <= 1, "--c must be greater than 0, --u_max in (0, 1]")
     data = load_data(cfg, data)
     teacher = load_teacher(cfg, data, teacher)
     G = initial_student(cfg, data, teacher, student)
     fake = initial_student(cfg, data, teacher)
-    ema, device = copy.deepcopy(G).eval().requires_grad_(False), pick_device(cfg)
+    ema = copy.deepcopy(G).eval().requires_grad_(False)
     opt_G = torch.optim.Adam(G.parameters(), betas=(0.0, 0.99), fused=True)
     opt_fake = torch.optim.Adam(fake.parameters(), betas=(0.0, 0.99), fused=True)
     run = Run(cfg, "sim", G=G, fake=fake, ema=ema, opt_G=opt_G, opt_fake=opt_fake)
@@ -118,11 +122,11 @@ def train(cfg, data=None, teacher=None, student=None):
 
         # 1. fit the fake score to the student's present samples
         for _ in range(cfg.fake_updates):
-            for _ in range(cfg.accumulate):
-                label = draw_label(run.part, data, device)
+            for _ in range(cfg.accumulate):     # run.part: samples of one pass, batch / accumulate
+                label = draw_label(run.part, data, run.device)
                 with torch.no_grad():
-                    x = generate(G, torch.randn(run.part, *data.shape, device=device), label)
-                sigma = lognormal_sigma(x)                                          # (B, 1, ...)
+                    x = generate(G, torch.randn(run.part, *data.shape, device=run.device), label)
+                sigma = lognormal_sigma(x)              # (B, 1, ...), EDM's law, as in SiD
                 d_fake = fake(x + sigma * torch.randn_like(x), sigma, label)
                 loss_fake = denoising_loss(d_fake, x, sigma, data.sigma_data).mean()
                 (loss_fake / cfg.accumulate).backward()
@@ -131,18 +135,19 @@ def train(cfg, data=None, teacher=None, student=None):
 
         # 2. move the student; gradients pass through x_t into both networks, not to their weights
         for _ in range(cfg.accumulate):
-            label = draw_label(run.part, data, device)
-            x = generate(G, torch.randn(run.part, *data.shape, device=device), label)
+            label = draw_label(run.part, data, run.device)
+            x = generate(G, torch.randn(run.part, *data.shape, device=run.device), label)
             sigma = karras(cfg.u_max * uniform(x), cfg.sigma_min, cfg.sigma_max)
             x_t = x + sigma * torch.randn_like(x)
-            d_real, d_fake = teacher(x_t, sigma, label), fake(x_t, sigma, label)
+            d_real = teacher(x_t, sigma, label)
+            d_fake = fake(x_t, sigma, label)
             loss = sim_loss(x, d_real, d_fake, cfg.distance, cfg.c, cfg.alpha).mean()
             (loss / cfg.accumulate).backward(inputs=list(G.parameters()))
         opt_G.step()
         opt_G.zero_grad()
         update_ema(ema, G, cfg.ema, step)
 
-        gap = (d_real - d_fake).square().mean()         # tells of convergence, unlike the loss
+        gap = (d_real - d_fake).square().mean()     # falls as the student learns, unlike the loss
         run.log(gap=gap, sim=loss, fake=loss_fake)
         if run.due():
             shown = sample(ema, len(z_show), label_show, z_show)
@@ -153,13 +158,11 @@ def train(cfg, data=None, teacher=None, student=None):
 
 @torch.no_grad()
 def sample(student, n, label=None, z=None):
-    """n samples (n, ...) of a student, one call each; labels in the data's proportions."""
+    """n samples (n, ...), one call each, of noise z (n, ...) and label (n, K), by default drawn."""
     device = next(student.parameters()).device
     need(label is None or student.label_dim, "this student is not class-conditional")
-    if label is None:
-        label = draw_label(n, student, device)
-    if z is None:
-        z = torch.randn(n, *student.shape, device=device)
+    label = draw_label(n, student, device) if label is None else label
+    z = torch.randn(n, *student.shape, device=device) if z is None else z
     return in_parts(lambda z, label: generate(student, z, label), z, label, most=student.most)
 
 

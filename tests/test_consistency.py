@@ -22,7 +22,8 @@ def quiet(monkeypatch, tmp_path):
     def gallery(cfg, data, teacher):
         with torch.random.fork_rng([]):
             x, label = data.sample(8)
-        return dict(data=x) | ({} if teacher is None else dict(teacher=x)), 0 * x + 1, label
+        solved = {} if teacher is None else {"teacher, 35 network calls": x}
+        return dict(data=x) | solved, 0 * x + 1, label
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(common.Run, "show", lambda *args: None)
     monkeypatch.setattr(consistency, "gallery", gallery)
@@ -336,8 +337,8 @@ def test_scms_weight_makes_levels_count_the_same(monkeypatch):
 
 
 def test_sprints_head_prefers_data(monkeypatch):
-    def spy(critic, disc, x, label):
-        seen.append(look(critic, disc, x, label))
+    def spy(judge, disc, x, label):
+        seen.append(look(judge, disc, x, label))
         return seen[-1]
     seen, look = [], consistency.look
     monkeypatch.setattr(consistency, "look", spy)
@@ -348,7 +349,7 @@ def test_sprints_head_prefers_data(monkeypatch):
 
 def test_sprints_student_climbs_the_logit(monkeypatch):
     """With a head that gives the first coordinate, samples move to the right."""
-    def look(critic, disc, x, label):
+    def look(judge, disc, x, label):
         seen.append(float(x.detach()[:, 0].mean()))
         return x[:, 0] + 0 * disc[0].weight.sum()
     seen = []

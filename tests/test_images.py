@@ -138,7 +138,7 @@ def test_wrong_cifar10():
     Path("lone").mkdir()
     Path("lone/data_batch_1.bin").write_bytes(bytes(3073))
     for where, words in {"cut.tar.gz": "binary", "python.tar.gz": "binary", "label": "11",
-                         "lone": "batch_2.bin", "nowhere": "network"}.items():
+                         "lone": "batch_2.bin", "nowhere": "nothing"}.items():
         refused(words, "cifar10", where)
     refused("binary", "cifar10", "page.tar.gz")
 

@@ -33,7 +33,7 @@ def quick_teachers_and_pictures(request, monkeypatch, no_pictures):
     if "learns" not in request.node.name:
         heun = common.heun_sample
         monkeypatch.setattr(rectflow, "FINE", 8)
-        monkeypatch.setattr(common, "heun_sample", lambda D, z, y, n, *a: heun(D, z, y, 1, *a))
+        monkeypatch.setattr(common, "heun_sample", lambda D, z, y, **kw: heun(D, z, y, 1, **kw))
 
 
 def quick(**flags):
@@ -253,7 +253,7 @@ def test_flows_are_compared():
 
 
 @pytest.mark.parametrize("flags, words", [
-    (dict(stage="flow", teacher="exact"), "leave --teacher away"), (dict(shrink=0.0), "--shrink"),
+    (dict(stage="flow", teacher="exact"), "omit --teacher"), (dict(shrink=0.0), "--shrink"),
     (dict(sigma_init=30.0), "--sigma_init"), (dict(sigma_init=0.5), "--sigma_init")])
 def test_bad_input(flags, words):
     with pytest.raises(UserError, match=words):
