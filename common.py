@@ -116,7 +116,7 @@ def make_parser(Config):
     notes = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.+)$", source, re.M))
     doc = (sys.modules[Config.__module__].__doc__ or "").strip().splitlines()
     examples = [line for line in doc if line.startswith("    python")]
-    parser = _Parser(description="".join(doc[:1]), epilog="\n".join(examples[:3]),
+    parser = _Parser(description="".join(doc[:1]), epilog="\n".join(examples),
                      usage="%(prog)s [--flag value] ...", allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in sorted(dataclasses.fields(Config), key=lambda f: hasattr(Shared, f.name)):

@@ -16,25 +16,26 @@ a path. Any denoiser has the right form (EDM's c_skip is 1 and c_out 0 at sigma 
     ctm       a solver step; jumps from t to any s         consistency trajectory, 2310.02279
     meanflow  infinitely near; jumps from t to any s       mean flows, 2505.13447
 
-ctm and meanflow see s as well: Phi(x_t, t, s) = s/t x_t + (1 - s/t) G(x_t, t, label, second).
+ctm, meanflow: Phi(x_t, t, s) = s/t x_t + (1 - s/t) G(x_t, t, label, second), which is s/t, s/(1+s).
 
     python consistency.py                           # cd, ring: half a minute, H about 0.0006
     python consistency.py --loss scd --nfe 2        # another loss, measured by two network calls
     python consistency.py --data cifar10 --loss ect --teacher edm-cifar10-32x32-uncond-vp.pkl
 
-Differences from the papers and their code: 1. The boundary is at sigma 0 (as in ECT); CM shifts it
-to sigma_min. The teacher's last step, to 0, is Euler's.  2. The lower point sees the student's own
+Differences from papers and code: 1. The boundary is at sigma 0 (as in ECT); CM shifts it to
+sigma_min. The teacher's last step, to 0, is Euler's.  2. The lower point sees the student's own
 weights; CM has an EMA of them on ImageNet-64 (0.95), CTM too (0.999).  3. No LPIPS; cd and ctm take
-the squared error.  4. Adam with betas (0.9, 0.99) for RAdam; the rate falls to 0 over the last
-half; the EMA warms up, then is constant.  5. sCM: F is read off the denoiser, with EDM's c_noise
-ln(sigma) / 4 for t; no 1 / tan t multiplies the loss again; its weight is a table over 16 bins of
-levels.  6. Levels of the law of p_mean and p_std outside sigma_min .. sigma_max go to the ends.  7.
-ImageNet-64: no dropout (ECT and sCT: 0.4 and more at 16x16 and below), no further weight in ect. 8.
-sprint: one feature of the teacher (Sana: four); sCM's law of levels; one update of the head per
-student update.  9. ctm: one solver step, not several; the denoising loss has a fixed weight and the
-jump's levels; no GAN; s is embedded as s / t.  10. meanflow distils the teacher's velocity;
---velocity data trains from scratch as in the paper. r is uniform below t (paper: the lower of two
-draws); embedded is r, not t - r.  11. Images: one GPU, a day (papers: from 400,000 x 512).
+the squared error.  4. Adam with betas (0.9, 0.99) in place of RAdam; the rate falls to 0 over the
+last half; the EMA warms up, then is constant.  5. sCM: F is read off the denoiser, with EDM's
+c_noise ln(sigma) / 4 for t; no 1 / tan t multiplies the loss again; its weight is a table over 16
+bins of levels.  6. Levels of the law of p_mean and p_std outside sigma_min .. sigma_max go to the
+ends.  7. ImageNet-64: no dropout (ECT and sCT: 0.4 and more at 16x16 and below); ect without
+1/sigma^2 + 1/sigma_data^2, at rate 1e-4 (ECT: 1e-3, falling).  8. sprint: one feature of the
+teacher (Sana: four); sCM's law of levels; one update of the head per student update; none of Sana's
+mismatched pairs.  9. ctm: one solver step, not several; the denoising loss has a fixed weight and
+the jump's levels; no GAN.  10. meanflow distils the teacher's velocity; --velocity data trains from
+scratch. r is uniform below t (paper: the lower of two draws); embedded is r, not t-r.  11. Images:
+one GPU, a day, no augmentation but flips (papers: 10,000 to 800,000 updates of 128 to 4096).
 """
 import copy
 import math
@@ -64,7 +65,7 @@ class Config(Shared):
     nfe: int = 1                # network calls per sample when drawing: any number works
     mid: float = 0.7            # level of the second call, in units of the data's std; then halved
     gamma: float = 0.0          # ctm, meanflow: share of fresh noise between calls; others have 1
-    N: int = 8                  # cd, ctm: the teacher's Heun steps along the whole path
+    N: int = 8                  # cd, ctm: the teacher's Heun steps on a path, the last one Euler's
     huber: bool = False         # cd, ct, ect, ctm: pseudo-Huber distance instead of mean square
     c: float = 0.00076          # its width, 0.00054 sqrt(numbers in x) in iCT; 0: the plain norm
     p_mean: float = -0.4        # mean of ln sigma (ct, ect, scd, sct, sprint, meanflow)
@@ -116,6 +117,7 @@ PRESETS = {
     "imagenet64": dict(LARGE, net="adm", cond=True, steps=100_000, accumulate=4, lr=7e-5, c=0.06,
                        p_mean=-1.0, p_std=1.6, warmup=0.1),
     "imagenet64 cd": dict(N=40, lr=8e-6, mid=2.76),
+    "imagenet64 ct": dict(p_mean=-1.1, p_std=2.0, mid=3.05, lr=1e-4),
     "imagenet64 ect": dict(p_mean=-0.8, mid=3.05, lr=1e-4, q=4.0),
     "imagenet64 sprint": dict(mid=1.56, steps=50_000, warmup=0.2),
     "imagenet64 ctm": dict(N=39, lr=4e-4, mid=2.76, steps=50_000),
@@ -145,7 +147,7 @@ def solver_step(D, x_t, sigma, lower, label):
     """The ODE of D from level sigma to lower: a step of Heun, or of Euler to 0 (EDM, Alg. 1)."""
     slope = (x_t - D(x_t, sigma, label)) / sigma
     x = x_t + (lower - sigma) * slope
-    slope_lower = (x - D(x, lower, label)) / lower
+    slope_lower = (x - D(x, lower, label)) / lower      # not finite at lower 0, where x is taken
     return torch.where(lower > 0, x_t + (lower - sigma) * (slope + slope_lower) / 2, x)
 
 
@@ -156,14 +158,14 @@ def lognormal(u, cfg):
 
 
 def cd_levels(u, cfg, progress):
-    """Neighbours sigma > lower on Karras's grid of N levels and 0, all as likely (CM, Alg. 2)."""
+    """Neighbours sigma > lower on Karras's grid of N levels and 0, equally likely (CM, Alg. 2)."""
     grid = karras_sigmas(cfg.N, cfg.sigma_min, cfg.sigma_max, u.device).to(u)
     i = (u * cfg.N).long()
     return grid[i], grid[i + 1]
 
 
 def ct_levels(u, cfg, progress):
-    """The same on a grid whose steps double, as likely as a normal law of ln sigma has it (iCT)."""
+    """Neighbours on a grid that doubles from stage to stage; ln sigma is about normal (iCT)."""
     stage = int(progress * (math.log2(cfg.s1 // cfg.s0) + 1))                       # Eq. 11
     grid = karras_sigmas(min(cfg.s0 * 2**stage, cfg.s1), cfg.sigma_min, cfg.sigma_max, u.device)
     share = torch.special.erf((grid.log() - cfg.p_mean) / (2**0.5 * cfg.p_std)).diff().neg()
@@ -223,7 +225,7 @@ def jvp(function, inputs, tangents):
 
 
 def trigflow(D, x_t, t, label, sd):
-    """TrigFlow's F (B, ...) of a denoiser D at x_t = cos t x + sin t sd eps (sCM, Sec. 3)."""
+    """TrigFlow's F (B, ...) of D at x_t = cos t x + sin t sd eps: t an angle, sd sigma_data."""
     return (t.cos() * x_t - D(x_t / t.cos(), sd * t.tan(), label)) / (sd * t.sin())
 
 
@@ -236,7 +238,7 @@ def tangent(D, x_t, t, slope, label, sd, r=1.0):
 
 
 def scm_loss(G, minus, teacher, b, cfg, progress):
-    """scd and sprint with the teacher's slope dx/dt, sct with that of x and eps (sCM, Alg. 1)."""
+    """scd, sprint: the teacher's slope dx/dt; sct: that of x, eps (sCM, Alg. 1); t is an angle."""
     sd = G.sigma_data
     t = torch.arctan(lognormal(b.u, cfg) / sd)                                      # (B, 1, ...)
     x_t = t.cos() * b.x + t.sin() * sd * b.eps
@@ -252,13 +254,13 @@ def scm_loss(G, minus, teacher, b, cfg, progress):
 
 
 def jump(G, x_t, t, s, label, second):
-    """Phi (B, ...): the path through x_t at level t, at s (CTM, Eq. 6). G sees `second` of s."""
+    """Phi (B, ...): the path through x_t at noise level t, at level s (CTM, Eq. 6)."""
     ratio = s / t.clamp(min=1e-6)
     return ratio * x_t + (1 - ratio) * G(x_t, t, label, second)
 
 
 def ctm_loss(G, minus, teacher, b, cfg, progress):
-    """From t, and from a step below it, to any s under that; compared at 0 (CTM, Eq. 9, 12)."""
+    """From noise level t and a step below it to any s under that; compared at 0 (CTM, Eq. 9)."""
     grid = karras_sigmas(cfg.N, cfg.sigma_min, cfg.sigma_max, b.u.device).to(b.u)
     i = (b.u * cfg.N).long()
     t, lower, s = grid[i], grid[i + 1], grid[i + 1 + (b.w * (cfg.N - i)).long()]    # (B, 1, ...)
@@ -267,39 +269,40 @@ def ctm_loss(G, minus, teacher, b, cfg, progress):
         x_lower = solver_step(teacher, x_t, t, lower, b.label)
         x_s = jump(minus, x_lower, lower, s, b.label, s / lower.clamp(min=1e-6))
         target = minus(x_s, s, b.label, zero)
-    x_s = jump(G, x_t, t, s, b.label, s / t)            # then minus: dropout as in the target
+    x_s = jump(G, x_t, t, s, b.label, s / t)            # this, then minus: the target's two masks
     loss = distance(minus(x_s, s, b.label, zero), target, cfg)
     return loss + cfg.dsm * denoising_loss(G(x_t, t, b.label, one), b.x, t, G.sigma_data)   # s = t
 
 
 def meanflow_loss(G, minus, teacher, b, cfg, progress):
-    """The mean velocity u from r to t is v - (t - r) du/dt (MeanFlow, Eq. 10, 11, 22)."""
+    """The mean velocity u from time r to t is v - (t - r) du/dt (MeanFlow, Eq. 10, 11, 22)."""
     sigma = lognormal(b.u, cfg)                                                     # (B, 1, ...)
-    t = sigma / (1 + sigma)
+    t = sigma / (1 + sigma)                             # a time
     r = t * ((1 - b.w) / max(1 - cfg.equal, 1e-9)).clamp(max=1)
     z = (1 - t) * b.x + t * b.eps
 
-    def u(D, z, t):
+    def mean_velocity(D, z, t):
         return (z - D(z / (1 - t), t / (1 - t), b.label, r)) / t
 
     with torch.no_grad(), same_dropout(z):
         v = b.eps - b.x
         if cfg.velocity == "teacher":
             v = (z - teacher(z / (1 - t), sigma, b.label)) / t
-        du = jvp(lambda z, t: u(minus, z, t), (z, t), (v, torch.ones_like(t)))[1]
-    error = (u(G, z, t) - (v - (t - r) * du)).square().flatten(1).sum(1)
+        du = jvp(lambda z, t: mean_velocity(minus, z, t), (z, t), (v, torch.ones_like(t)))[1]
+    error = (mean_velocity(G, z, t) - (v - (t - r) * du)).square().flatten(1).sum(1)
     return error / (error.detach() + cfg.floor) ** cfg.power
 
 
-def look(critic, disc, x, label):
+def look(judge, disc, x, label):
     """The head's logit (B,): it sees the frozen teacher's feature of x noised to a random level."""
     sigma = (torch.randn_like(level(x, 0)) - 0.6).exp()                 # as in SANA-Sprint's code
-    return disc(critic.feature(x + sigma * torch.randn_like(x), sigma, label))[:, 0]
+    return disc(judge.feature(x + sigma * torch.randn_like(x), sigma, label))[:, 0]
 
 
 def guess(G, b, cfg):
     """The student's samples for the head, half from the highest level (SANA-Sprint, Sec. 3.3)."""
-    sigma = torch.where(b.w < 0.5, cfg.sigma_max, lognormal(2 * b.w % 1, cfg))
+    sigma = lognormal(2 * b.w % 1, cfg)                 # w's other half, uniform again
+    sigma = torch.where(b.w < 0.5, cfg.sigma_max, sigma)
     return G(b.x + sigma * b.eps, sigma, b.label)
 
 
@@ -322,8 +325,9 @@ def make_discriminator(shape):
 
 def check_flags(cfg, scratch, teacher):
     """Raise UserError for settings that cannot work together."""
-    need(not scratch or not (cfg.teacher or teacher is not None), "--loss ct and --velocity data "
-         "train without a teacher: leave it away, or take ect or sct, which start from one")
+    taught = bool(cfg.teacher) or teacher is not None
+    need(not (scratch and taught), "--loss ct and --velocity data train without a teacher: omit "
+         "it, or take ect or sct, which start from one")
     need(cfg.velocity == "teacher" or cfg.loss == "meanflow", "--velocity is for --loss meanflow")
     need(cfg.sigma_init == cfg.sigma_max, "--sigma_init must be --sigma_max: students start there")
     need(cfg.N > 1 and 2 <= cfg.s0 <= cfg.s1, "--N and --s0 must be at least 2, --s1 at least --s0")
@@ -333,11 +337,11 @@ def check_flags(cfg, scratch, teacher):
          "--p_std must be above 0, e to the --p_mean between --sigma_min and --sigma_max")
     need(max(cfg.warmup, cfg.equal, cfg.dropout) <= 1, "--warmup, --equal and --dropout: at most 1")
     need(not (cfg.compile and cfg.dropout), "--compile does not go with --dropout, whose masks are "
-         "to be the same in two passes: add --dropout 0 or leave --compile away")
+         "to be the same in two passes: add --dropout 0 or omit --compile")
 
 
 def set_up(cfg, data, teacher, student):
-    """(data, teacher or None, student, critic, disc), the last two for sprint."""
+    """(data, teacher or None, student, judge, disc), the last two for sprint."""
     scratch = cfg.loss == "ct" or cfg.velocity == "data"
     check_flags(cfg, scratch, teacher)
     data = load_data(cfg, data)
@@ -355,12 +359,12 @@ def set_up(cfg, data, teacher, student):
         if isinstance(module, Block):
             module.dropout = cfg.dropout
     G.levels, G.config = levels, asdict(cfg)
-    critic, disc = teacher, nn.Identity()
+    judge, disc = teacher, nn.Identity()
     if cfg.loss == "sprint":
         if not isinstance(teacher, Denoiser):
-            critic = initial_student(cfg, data, teacher).eval().requires_grad_(False)
-        disc = make_discriminator(critic.net.feature_shape).to(next(G.parameters()).device)
-    return data, teacher, G, critic, disc
+            judge = initial_student(cfg, data, teacher).eval().requires_grad_(False)
+        disc = make_discriminator(judge.net.feature_shape).to(next(G.parameters()).device)
+    return data, teacher, G, judge, disc
 
 
 def draw(n, data):
@@ -371,9 +375,9 @@ def draw(n, data):
 
 
 def train(cfg, data=None, teacher=None, student=None):
-    """Distil as cfg says, with what is given instead of files; returns averaged student and Run."""
+    """Distil as cfg says; what is passed in replaces what flags would load. -> (average, Run)"""
     begin(cfg, "consistency")
-    data, teacher, G, critic, disc = set_up(cfg, data, teacher, student)
+    data, teacher, G, judge, disc = set_up(cfg, data, teacher, student)
     minus = copy.deepcopy(G).requires_grad_(False)      # in training mode, for the dropout's masks
     if LOSSES[cfg.loss] in (scm_loss, meanflow_loss):
         minus.dtype = "fp32"                            # bf16 is too coarse for derivatives
@@ -395,45 +399,43 @@ def train(cfg, data=None, teacher=None, student=None):
         terms = {}
         if cfg.loss == "sprint":
             opt_disc.zero_grad()                        # of what the student's loss left there
-            for _ in range(cfg.accumulate):
+            for _ in range(cfg.accumulate):     # run.part: samples of one pass, batch / accumulate
                 b = draw(run.part, data)
                 with torch.no_grad():
                     x = guess(G, b, cfg)
-                real = F.relu(1 - look(critic, disc, b.x, b.label))
-                fake = F.relu(1 + look(critic, disc, x, b.label))
+                real = F.relu(1 - look(judge, disc, b.x, b.label))
+                fake = F.relu(1 + look(judge, disc, x, b.label))
                 terms["disc"] = (real + fake).mean() / 2            # hinge (SANA-Sprint, Sec. 3.3)
                 (terms["disc"] / cfg.accumulate).backward()
             opt_disc.step()
-
         # 2. the student
         for _ in range(cfg.accumulate):
             b = draw(run.part, data)
             loss = LOSSES[cfg.loss](G, minus, teacher, b, cfg, run.progress)        # (B,)
             if LOSSES[cfg.loss] is scm_loss:            # every level is to count the same
-                w = weight((16 * b.u).long().flatten())[:, 0]
-                loss = w.exp() * loss - w
+                log_weight = weight((16 * b.u).long().flatten())[:, 0]
+                loss = log_weight.exp() * loss - log_weight
             terms["loss"] = loss = loss.mean()
             if cfg.loss == "sprint":
-                loss = loss - cfg.adv * look(critic, disc, guess(G, b, cfg), b.label).mean()
+                loss = loss - cfg.adv * look(judge, disc, guess(G, b, cfg), b.label).mean()
             (loss / cfg.accumulate).backward()
         opt.step()
         opt.zero_grad()
         update_ema(ema, G, cfg.ema, step)
-
         run.log(**terms)
         if run.due():
             shown = sample(ema, len(z_show), label_show, z_show)
             run.show({**panels, f"student, network calls: {cfg.nfe}": shown}, label_show)
-    figures = more_figures(cfg, data, ema, list(panels.values())[1:], z_show, label_show)
+    figures = more_figures(cfg, data, ema, panels, z_show, label_show)
     run.report(data, lambda n, label: sample(ema, n, label), **figures)
     return ema, run
 
 
-def more_figures(cfg, data, ema, solved, z, label):
-    """paired: rms distance to the teacher's ODE (`solved`); H_2_steps: H by two calls (toys)."""
-    figures = {}
-    if solved:
-        error = sample(ema, len(z), label, z, nfe=1) - solved[0]
+def more_figures(cfg, data, ema, panels, z, label):
+    """paired: rms distance to the teacher's ODE; H_2_steps: H by two calls (toys)."""
+    figures, solved = {}, panels.get("teacher, 35 network calls")
+    if solved is not None:
+        error = sample(ema, len(z), label, z, nfe=1) - solved
         figures["paired"] = error.square().mean().sqrt().item()
     if len(data.shape) == 1:
         x, label = data.sample(cfg.samples)
@@ -451,15 +453,13 @@ def call_levels(config, sigma_data):
 
 @torch.no_grad()
 def sample(student, n, label=None, z=None, nfe=None, mid=None, gamma=None):
-    """n samples (n, ...) of a student; nfe, mid, gamma as those flags, by default as trained."""
+    """n samples of z (n, ...), label (n, K); nfe, mid, gamma as those flags, default as trained."""
     given = dict(nfe=nfe, mid=mid, gamma=gamma)
     config = student.config | {name: v for name, v in given.items() if v is not None}
     device = next(student.parameters()).device
     need(label is None or student.label_dim, "this student is not class-conditional")
-    if label is None:
-        label = draw_label(n, student, device)
-    if z is None:
-        z = torch.randn(n, *student.shape, device=device)
+    label = draw_label(n, student, device) if label is None else label
+    z = torch.randn(n, *student.shape, device=device) if z is None else z
     levels = call_levels(config, student.sigma_data)
     gamma = config["gamma"] if config["loss"] in SECOND else 1.0
 

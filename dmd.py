@@ -7,11 +7,12 @@ eps, by the difference of two scores:
     grad KL(student || teacher) = -E[ w (s_teacher(x_t) - s_student(x_t)) dG/dtheta ]  (DMD, Eq. 7)
     w = sigma^2 / mean|x - d_real|,   d_real = E[x | x_t] by the teacher               (DMD, Eq. 8)
 
-s_student comes from a second denoiser, the *fake score*, fitted to the student's samples all along.
---variant dmd2 fits it more often and adds a GAN on noised data; dmd regresses the student on pairs
-of noise and teacher sample (DMD, Eq. 9); vsd, SwiftBrush (arXiv 2312.05239), reads no data, and its
-fake score is the teacher with low-rank adapters. --steps_student 2 or 4 makes a student of several
-calls, trained on what the calls before really give (backward simulation, DMD2, Sec. 4.5).
+s_student comes from a second denoiser, the *fake score*, fitted to the student's samples
+throughout. --variant dmd2 fits it more often and adds a GAN on noised data; dmd regresses the
+student on pairs of noise and teacher sample (DMD, Eq. 9); vsd, SwiftBrush (arXiv 2312.05239), reads
+no data, and its fake score is the teacher with low-rank adapters. --steps_student 2 or 4 makes a
+student of several calls; each call is trained on what the calls before it really give (backward
+simulation, DMD2, Sec. 4.5).
 
     python dmd.py                               # ring of 8 Gaussians: 50 s on a core, H of 0.0001
     python dmd.py --variant vsd                 # the same without data: H 0.0002 to 0.0008
@@ -20,17 +21,19 @@ calls, trained on what the calls before really give (backward simulation, DMD2, 
 Differences from the papers and their code: 1. Levels are continuous on Karras's ramp, all of it for
 both networks; DMD's student sees 2 % to 98 % of 1000 levels.  2. Regression by L2 or pseudo-Huber;
 DMD's LPIPS needs another network.  3. The GAN sees the sample noised for the score difference, not
-anew; data and student share label and level (official: independent). Head and fake score are one
-optimiser, as in DMD2; FastGen's head has its own, weight 1, and reads the teacher.  4. Adam with
-betas (0, 0.99) instead of AdamW with (0.9, 0.999) and weight decay; no clipping of gradients
-(official: norm 10), no warm-up (500 steps); the student's rate falls to 0 over the last half, the
-critic's to a tenth. One EMA (DMD2: none).  5. Labels in the data's proportions (DMD2: uniform).
-6. vsd without text guidance, no label is dropped; its weight is re-read for x + sigma eps, its fake
-score has EDM's weight, adapters have scale 1.  7. Levels of 2 and 4 calls are DMD2's for Stable
-Diffusion in units of the data's std. On toys gradients pass through all calls. DMD2 looks after a
-random number of them; its fake score knows only the mixture of what they give, which may be right
-where the last call is not (4 calls on the grid: H 0.003, end to end 0.0002).  8. Image settings fit
-one GPU and a day: 40,000 x 256 on CIFAR-10, 15,000 x 280 on ImageNet-64. None was run at full size.
+anew; data and student share label and level (official: independent). Head and fake score share an
+optimiser, as in DMD2; FastGen's head has its own optimiser, weight 1, and reads the teacher.  4.
+Adam with betas (0, 0.99) instead of AdamW with (0.9, 0.999) and weight decay; no clipping of
+gradients (official: norm 10), no warm-up (500 steps); the student's rate falls to 0 over the last
+half, the critic's to a tenth. One EMA (DMD2: none).  5. Labels in the data's proportions (DMD2:
+uniform).  6. vsd without text guidance, no label is dropped; its weight is re-read for x + sigma
+eps, its fake score has EDM's weight, adapters have scale 1.  7. Levels of 2 and 4 calls are DMD2's
+for Stable Diffusion in units of the data's std. On toys gradients pass through all calls. DMD2
+computes the loss after a random number of calls, one for all processes (here each draws its own);
+its fake score knows only the mixture of what they give, which may be right where the last call is
+not (4 calls on the grid: H 0.003, end to end 0.0002).  8. Image settings fit one GPU and a day:
+40,000 x 256 on CIFAR-10 with 2 critic updates to one of the student (FastGen: 4), 15,000 x 280 on
+ImageNet-64. None was run at full size.
 """
 import copy
 import math
@@ -39,7 +42,6 @@ from typing import Literal
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch.nn.utils import parametrize
 
 from common import (Run, Shared, begin, denoising_loss, draw_label, gallery, in_parts,
@@ -78,12 +80,12 @@ LARGE = dict(cond=True, flip=True, disc_weight=1e-2, rank=64, end_to_end=False, 
 PRESETS = {
     "grid dmd2": dict(fake_updates=3, steps=1600),      # 25 narrow modes want a closer fake score
     "dmd": dict(fake_updates=1, steps=1400),
-    # adapters are slow: with rates of 2e-3 one ring of three stayed a thin circle (H 0.023)
+    # adapters are slow: with rates of 2e-3 one of three seeds stayed a thin circle (H 0.023)
     "vsd": dict(fake_updates=1, steps=1400, lr=1e-3, lr_fake=4e-3),
     "mnist": dict(SMALL, cond=True),
     "images": SMALL,
-    # One GPU, hours. Not in DMD2; f-distill's Table 5 and FastGen: batch 2048, rates 1e-4, 20K
-    # student updates with 4 of the critic; DMD: 100,000 pairs
+    # One GPU, hours. DMD2 has no CIFAR-10 settings; f-distill's Table 5 and FastGen: batch 2048,
+    # rates 1e-4, 20K student updates with 4 of the critic; DMD: 100,000 pairs
     "cifar10": dict(LARGE, net="ddpmpp", teacher_steps=100_000, steps=40_000, batch=256,
                     accumulate=2, lr=5e-5, lr_fake=5e-5, gan_weight=1e-3, pairs=100_000),
     # One GPU, a day; DMD2: 194K steps, every fifth the student's; DMD: 25,000 pairs
@@ -99,23 +101,24 @@ PRESETS = {
 
 def dm_loss(x, d_real, d_fake):
     """
-    Loss (B,) of samples x (B, ...), the teacher's and the fake score's estimates of them: its
-    gradient in x is (d_fake - d_real) / mean|x - d_real| (DMD, Eqs. 7 and 8).
+    Loss (B,) of samples x (B, ...), the teacher's and the fake score's estimates of them: gradient
+    (d_fake - d_real) / mean|x - d_real| / D in x, D the elements of a sample (DMD, Eqs. 7 and 8).
     """
     return loss_with_gradient(x, weighted_score_gradient(x, d_real, d_fake, x.new_ones(len(x))))
 
 
 def vsd_loss(x, d_real, d_fake, sigma, sigma_data):
     """
-    Loss (B,) whose gradient in x is w (d_fake - d_real): SwiftBrush's sigma^2 (eps_teacher -
-    eps_fake), sigma^2 the noise's share of variance; the eps differ by (d_fake - d_real) / sigma.
+    Loss (B,) whose gradient in x is w (d_fake - d_real) / D: SwiftBrush's sigma^2 (eps_teacher -
+    eps_fake), sigma^2 the noise's share of variance; the eps differ by (d_fake - d_real) / sigma,
+    and w has a factor sigma_data that makes it free of units.
     """
     w = sigma * sigma_data / (sigma**2 + sigma_data**2)                             # (B, 1, ...)
     return loss_with_gradient(x, w * (d_fake - d_real))
 
 
 def regression_loss(x, y, distance):
-    """Distance (B,) of student and teacher samples of the same noise (DMD, Eq. 9); c as in iCT."""
+    """Distance (B,) of samples of one noise (DMD, Eq. 9); huber: a norm of it all, c as in iCT."""
     square = (x - y).square().flatten(1)                                            # (B, elements)
     if distance == "l2":
         return square.mean(1)
@@ -124,13 +127,13 @@ def regression_loss(x, y, distance):
 
 
 def discriminator_loss(logit_real, logit_fake):
-    """Logistic loss (B,); at its optimum, logit = log p_data(x_t) / q_student(x_t) (Sec. 4.3)."""
-    return F.softplus(-logit_real) + F.softplus(logit_fake)
+    """Logistic loss (B,); at its optimum, logit = log p_data(x_t) / q_student(x_t) (DMD2, 4.3)."""
+    return nn.functional.softplus(-logit_real) + nn.functional.softplus(logit_fake)
 
 
 def gan_loss(logit_fake):
     """The student's non-saturating side of it (B,)."""
-    return F.softplus(-logit_fake)
+    return nn.functional.softplus(-logit_fake)
 
 
 def make_discriminator(shape):
@@ -139,7 +142,7 @@ def make_discriminator(shape):
         return nn.Linear(shape[0], 1)
     c, size, _ = shape
     layers = []
-    while size >= 8:
+    while size >= 8:                                    # halve it down to 4 to 7 pixels
         layers += [nn.Conv2d(c, c, 4, 2, 1), nn.GroupNorm(math.gcd(32, c), c), nn.SiLU()]
         size //= 2
     layers += [nn.Conv2d(c, c, min(size, 4)), nn.GroupNorm(math.gcd(32, c), c), nn.SiLU()]
@@ -153,7 +156,7 @@ def roll_out(G, z, label=None, end_to_end=True):
     pass through all calls, or through the last alone, as in DMD2 (Sec. 4.5).
     """
     x = torch.zeros_like(z[:, 0])                       # the first call sees pure noise
-    for noise, sigma in zip(z.unbind(1), G.levels):
+    for noise, sigma in zip(z.unbind(1), G.levels):     # as many calls as z has noises
         if not end_to_end:
             x = x.detach()
         x = G(x + sigma * noise, level(noise, sigma), label)
@@ -185,7 +188,7 @@ def add_adapters(denoiser, rank):
 
 
 def train(cfg, data=None, teacher=None, student=None):
-    """Distil as cfg says, with what is given instead of files; returns averaged student and Run."""
+    """Distil as cfg says; what is passed in replaces what flags would load. -> (average, Run)"""
     begin(cfg, "dmd")
     need(cfg.steps_student in LATER_LEVELS, "--steps_student is 1, 2 or 4")
     need(cfg.variant != "dmd" or cfg.steps_student == 1, "--variant dmd wants --steps_student 1: "
@@ -208,6 +211,7 @@ def train(cfg, data=None, teacher=None, student=None):
     pairs = teacher_pairs(cfg, data, teacher, cfg.pairs) if cfg.variant == "dmd" else None
     run = Run(cfg, "dmd", G=G, fake=fake, disc=disc, ema=ema, opt_G=opt_G, opt_fake=opt_fake)
     panels, z_show, label_show = gallery(cfg, data, teacher)
+    # (n, calls, ...): the shown noise, then its rows shifted
     z_show = torch.stack([z_show.roll(k, 0) for k in range(len(levels))], 1)
 
     for step in run.steps():
@@ -216,7 +220,7 @@ def train(cfg, data=None, teacher=None, student=None):
         calls = cfg.steps_student       # the same for critic and student: one law of x at a time
         if not cfg.end_to_end:
             calls = int(torch.randint(calls, ())) + 1
-        size = [run.part, calls, *data.shape]
+        size = [run.part, calls, *data.shape]   # run.part: samples of one pass, batch / accumulate
 
         # 1. fit the fake score, and the discriminator on its features, to the student's samples
         for _ in range(cfg.fake_updates):
@@ -226,16 +230,14 @@ def train(cfg, data=None, teacher=None, student=None):
                 (loss / cfg.accumulate).backward()
             opt_fake.step()
             opt_fake.zero_grad()
-
         # 2. move the student by the difference of the two scores, and by the GAN or the pairs
         for _ in range(cfg.accumulate):
             z = torch.randn(size, device=run.device)
             loss, terms = student_loss(G, fake, disc, teacher, data, pairs, z, cfg)
-            (loss / cfg.accumulate).backward(inputs=list(G.parameters()))   # spares the critic
+            (loss / cfg.accumulate).backward(inputs=list(G.parameters()))   # not the critic's
         opt_G.step()
         opt_G.zero_grad()
         update_ema(ema, G, cfg.ema, step)
-
         run.log(**terms, **critic_terms)                # gap falls while the student learns
         if run.due():
             shown = sample(ema, len(z_show), label_show, z_show)
@@ -244,14 +246,14 @@ def train(cfg, data=None, teacher=None, student=None):
     return ema, run
 
 
-def adversarial(cfg):
-    """Whether there is a GAN, the only part that looks at data."""
+def has_gan(cfg):
+    """Whether there is a GAN: nothing else looks at data, or uses disc."""
     return cfg.variant == "dmd2" and cfg.gan_weight > 0
 
 
 def critic_loss(G, fake, disc, data, z, cfg):
     """Loss of the fake score (DMD, Eq. 6) and the discriminator, and its terms."""
-    if adversarial(cfg):
+    if has_gan(cfg):
         real, label = data.sample(len(z))               # the student's samples get the same labels
     else:
         label = draw_label(len(z), data, z.device)
@@ -261,7 +263,7 @@ def critic_loss(G, fake, disc, data, z, cfg):
     d_fake, feature = fake.with_feature(x + sigma * torch.randn_like(x), sigma, label)
     loss = denoising_loss(d_fake, x, sigma, data.sigma_data).mean()
     terms = dict(fake=loss)
-    if adversarial(cfg):
+    if has_gan(cfg):
         feature_real = fake.feature(real + sigma * torch.randn_like(x), sigma, label)
         terms["disc"] = discriminator_loss(disc(feature_real)[:, 0], disc(feature)[:, 0]).mean()
         loss = loss + cfg.disc_weight * terms["disc"]
@@ -274,35 +276,33 @@ def student_loss(G, fake, disc, teacher, data, pairs, z, cfg):
     x = roll_out(G, z, label, cfg.end_to_end)
     sigma = karras(uniform(x), cfg.sigma_min, cfg.sigma_max)
     x_t = x + sigma * torch.randn_like(x)
-    with torch.no_grad():
-        d_real = teacher(x_t, sigma, label)
-    with torch.set_grad_enabled(adversarial(cfg)):      # only the GAN's term goes back through it
+    d_real = teacher(x_t.detach(), sigma, label)
+    with torch.set_grad_enabled(has_gan(cfg)):          # only the GAN's term goes back through it
         d_fake, feature = fake.with_feature(x_t, sigma, label)
     if cfg.variant == "vsd":
         loss = vsd_loss(x, d_real, d_fake, sigma, data.sigma_data).mean()
     else:
         loss = dm_loss(x, d_real, d_fake).mean()
     terms = dict(gap=(d_real - d_fake).square().mean(), dm=loss)
-    if adversarial(cfg):
+    if has_gan(cfg):
         terms["gan"] = gan_loss(disc(feature)[:, 0]).mean()
         loss = loss + cfg.gan_weight * terms["gan"]
     if pairs:
         pick = torch.randint(cfg.pairs, (len(z),))
-        z, label, y = [t if t is None else t[pick].to(z.device) for t in pairs]
-        terms["reg"] = regression_loss(roll_out(G, z[:, None], label), y, cfg.distance).mean()
+        z_pair, label_pair, y = [t if t is None else t[pick].to(z.device) for t in pairs]
+        x = roll_out(G, z_pair[:, None], label_pair)
+        terms["reg"] = regression_loss(x, y, cfg.distance).mean()
         loss = loss + cfg.reg_weight * terms["reg"]
     return loss, terms
 
 
 @torch.no_grad()
 def sample(student, n, label=None, z=None):
-    """n samples (n, ...) by all calls of a student; z (n, calls, ...); labels as in the data."""
+    """n samples (n, ...) by all calls; z (n, calls, ...) and label (n, K) are drawn by default."""
     device = next(student.parameters()).device
     need(label is None or student.label_dim, "this student is not class-conditional")
-    if label is None:
-        label = draw_label(n, student, device)
-    if z is None:
-        z = torch.randn(n, len(student.levels), *student.shape, device=device)
+    label = draw_label(n, student, device) if label is None else label
+    z = torch.randn(n, len(student.levels), *student.shape, device=device) if z is None else z
     return in_parts(lambda z, label: roll_out(student, z, label), z, label, most=student.most)
 
 

@@ -1,29 +1,29 @@
 """
 f-distill: one-step diffusion by f-divergence distribution matching (arXiv 2502.15681).
 
-A one-step student x = G(z) learns to have the teacher's distribution at every noise level, x_t =
-x + sigma eps. For any f-divergence D_f(p || q) = E_q[f(r)], r = p_teacher(x_t) / q_student(x_t),
-the gradient is distribution matching's difference of scores, weighted (Theorem 1):
+A one-step student x = G(z) is trained to have the teacher's distribution at every noise level,
+x_t = x + sigma eps. For any f-divergence D_f(p || q) = E_q[f(r)], r = p_teacher(x_t) /
+q_student(x_t), the gradient is distribution matching's difference of scores, weighted (Theorem 1):
 
     grad D_f = -E[ h(r) (s_teacher(x_t) - s_student(x_t)) dG/dtheta ],    h(r) = r^2 f''(r)
 
-s_student comes from a second denoiser, the *fake score*, fitted to the student's samples all along;
-r from a small discriminator on its features, which compares them with data. h = 1 is reverse KL,
-that is DMD2; an h that grows with r seeks modes less.
+s_student comes from a second denoiser, the *fake score*, fitted to the student's samples
+throughout; r from a small discriminator on its features, with data standing in for the teacher. h =
+1 is reverse KL, that is DMD2; an h that grows with r seeks modes less.
 
     python fdistill.py                                  # ring of 8 Gaussians: half a minute
     python fdistill.py --data moons --divergence fkl    # forward KL
     python fdistill.py --data cifar10 --dtype bf16 --teacher edm-cifar10-32x32-cond-vp.pkl
 
-Differences from the paper and its code (FastGen): 1. The discriminator reads the fake score's last
-encoder feature, as in DMD2, not the frozen teacher's; they learn in one step; data and student
-share label and level there.  2. Ratio bins have equal counts over the sampled levels, the official
-ones equal width in sigma.  3. The fake score's loss has EDM's weight, the official one none.
-4. One EMA; the student's rate falls to 0 over the last half, the critic's to a tenth.  5. Adam with
-betas (0, 0.99), not AdamW with (0.9, 0.999); no R1 penalty (paper: 1 on CIFAR-10, code: 0), no
-clipping.  6. Levels are continuous, not 1000 steps.  7. Image settings fit one GPU and a day; the
-paper: 60,000 iterations of 2048 (CIFAR-10), 380,000 of 512 (ImageNet-64; FastGen's config 600,000),
-every fifth the student's.
+Differences from paper and code (FastGen): 1. The discriminator reads the fake score's last feature,
+as in DMD2, not the frozen teacher's, at one label and level for data and student; head and fake
+score share an optimiser, the head with weight 0.01 on images (FastGen: its own, 1).  2. Ratio bins
+are equal in count, not in width of sigma; means of r and h are over one process's part of a batch.
+3. The fake score's loss has EDM's weight (official: none).  4. One EMA, warmed up (FastGen: three,
+constant); over the last half the student's rate falls to 0, the critic's to a tenth.  5. Adam with
+betas (0, 0.99), not AdamW with (0.9, 0.999); no R1 penalty (paper: 1 on CIFAR-10), no clipping.  6.
+Levels are continuous.  7. Images: one GPU, a day; CIFAR-10 at 5e-5; 2 critic updates to one of the
+student (FastGen: 4). Paper: 60,000 x 2048 at 1e-4; ImageNet-64 380,000 x 512.
 """
 import copy
 import math
@@ -32,18 +32,17 @@ from typing import Literal
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 from common import (Run, Shared, begin, denoising_loss, draw_label, gallery, generate, in_parts,
                     initial_student, karras, load_data, load_teacher, loss_with_gradient, main,
-                    need, pick_device, set_lr, uniform, update_ema, weighted_score_gradient)
+                    need, set_lr, uniform, update_ema, weighted_score_gradient)
 
-# h(r) = r^2 f''(r) of each divergence (Table 1)
+# h(r) = r^2 f''(r) of each divergence (Table 1; Neyman: FastGen)
 WEIGHTS = {
     "rkl": torch.ones_like,                 # reverse KL, f = -log r
     "fkl": lambda r: r,                     # forward KL, f = r log r
-    "js": lambda r: r / (r + 1),            # Jensen-Shannon
-    "srkl": lambda r: 1 / (r + 1),          # softened reverse KL
+    "js": lambda r: r / (r + 1),            # Jensen-Shannon, f = r log r - (r + 1) log((r + 1) / 2)
+    "srkl": lambda r: 1 / (r + 1),          # softened reverse KL, f = (r + 1) log(1/2 + 1/(2 r))
     "hellinger": lambda r: r.sqrt() / 4,    # squared Hellinger, f = 1 - sqrt(r)
     "jeffreys": lambda r: r + 1,            # Jeffreys, f = (r - 1) log r
     "neyman": lambda r: 2 / r,              # Neyman chi-square, f = (1 - r)^2 / r
@@ -55,7 +54,7 @@ class Config(Shared):
     steps: int = 750
     lr: float = 2e-3
     ema: float = 0.995
-    divergence: Literal["rkl", "fkl", "js", "srkl", "hellinger", "jeffreys", "neyman"] = "js"  # f
+    divergence: Literal[tuple(WEIGHTS)] = "js"      # which D_f; see WEIGHTS
     fake_updates: int = 2       # updates of fake score and discriminator per student update
     lr_fake: float = 2e-3       # their learning rate
     gan_weight: float = 0.01    # weight of the GAN term in the student's loss
@@ -65,12 +64,12 @@ class Config(Shared):
 
 
 SMALL = dict(net="small", teacher_steps=2500, steps=600, batch=32, lr=5e-4, lr_fake=1e-3, ema=0.99,
-             fake_updates=1, gan_weight=3e-3, sigma_min=0.01, sigma_max=80.0, samples=5000)
+             fake_updates=1, gan_weight=3e-3, sigma_min=0.01, sigma_max=80.0, sigma_init=2.5,
+             samples=5000)
 LARGE = dict(cond=True, flip=True, ema=0.9995, disc_weight=1e-2, sigma_min=0.002, sigma_max=80.0,
              sigma_init=80.0, every=1000, samples=50_000)
 PRESETS = {
-    "mnist": dict(SMALL, cond=True),
-    "images": SMALL,
+    "mnist": dict(SMALL, cond=True), "images": SMALL,
     "cifar10": dict(LARGE, net="ddpmpp", teacher_steps=100_000, divergence="fkl", gan_weight=1e-3,
                     steps=40_000, batch=256, accumulate=2, lr=5e-5, lr_fake=5e-5),
     "imagenet64": dict(LARGE, net="adm", ratio_ema=0.5, gan_weight=3e-3, steps=30_000, batch=128,
@@ -81,23 +80,21 @@ PRESETS = {
 
 
 def density_ratio(logit):
-    """r = p / q (B,) from the discriminator's logit; FastGen's clamps keep single samples small."""
+    """r = p / q (B,) from the discriminator's logit, clamped as in FastGen: no sample dominates."""
     return logit.detach().clamp(-10, 10).exp().clamp(0.1, 20)
 
 
 def balance_ratio(r, u, means, ratio_ema=0.0):
-    """r (B,) over its mean in the bin of the noise level's place u (B,); `means` (bins,) follow."""
+    """r (B,) over its mean in the bin of the noise level's place u (B,); updates means (bins,)."""
     k = (u * len(means)).long()                                                     # (B,)
-    count = torch.zeros_like(means).index_add_(0, k, torch.ones_like(r))            # (bins,)
-    batch_mean = torch.zeros_like(means).index_add_(0, k, r) / count.clamp(min=1)
-    new = ratio_ema * means + (1 - ratio_ema) * batch_mean
-    means.copy_(torch.where(count > 0, new, means))
+    batch_mean = means.scatter_reduce(0, k, r, "mean", include_self=False)      # old where empty
+    means.copy_(ratio_ema * means + (1 - ratio_ema) * batch_mean)
     return r / (means[k] + 1e-6)
 
 
 def f_distill_loss(x, d_real, d_fake, r, divergence):
-    """Loss (B,) with gradient h(r) (d_fake - d_real) / mean|x - d_real| in x (B, ...), r (B,) the
-    ratio, d_real and d_fake the two estimates of x (Theorem 1; DMD Eq. 8)."""
+    """Loss (B,) whose gradient in x, of D elements a sample, is h(r) / mean h * (d_fake - d_real) /
+    mean|x - d_real| / D (Theorem 1; DMD Eq. 8), as sigma^2 (s_fake - s_real) = d_fake - d_real."""
     h = WEIGHTS[divergence](r)
     h = h / (h.mean() + 1e-6)                           # steps as large as reverse KL's, whatever f
     return loss_with_gradient(x, weighted_score_gradient(x, d_real, d_fake, h))
@@ -105,12 +102,12 @@ def f_distill_loss(x, d_real, d_fake, r, divergence):
 
 def discriminator_loss(logit_real, logit_fake):
     """Logistic loss (B,); at its optimum, logit = log p_data(x_t) / q_student(x_t)."""
-    return F.softplus(-logit_real) + F.softplus(logit_fake)
+    return nn.functional.softplus(-logit_real) + nn.functional.softplus(logit_fake)
 
 
 def gan_loss(logit_fake):
     """The student's non-saturating side of it (B,)."""
-    return F.softplus(-logit_fake)
+    return nn.functional.softplus(-logit_fake)
 
 
 def make_discriminator(shape):
@@ -130,17 +127,17 @@ def make_discriminator(shape):
 
 
 def train(cfg, data=None, teacher=None, student=None):
-    """Distil as cfg says, or what is given instead; returns the averaged student and its Run."""
+    """Distil as cfg says; what is passed in replaces what flags would load. -> (average, Run)"""
     begin(cfg, "fdistill")
     need(cfg.ratio_ema < 1, f"--ratio_ema must be less than 1, not {cfg.ratio_ema}")
     data = load_data(cfg, data)
     teacher = load_teacher(cfg, data, teacher)
     G = initial_student(cfg, data, teacher, student)
     fake = initial_student(cfg, data, teacher)
-    ema, device = copy.deepcopy(G).eval().requires_grad_(False), pick_device(cfg)
-    disc = make_discriminator(fake.net.feature_shape).to(device)
+    ema = copy.deepcopy(G).eval().requires_grad_(False)
+    disc = make_discriminator(fake.net.feature_shape).to(next(fake.parameters()).device)
     critic = [*fake.parameters(), *disc.parameters()]
-    bin_means = torch.ones(cfg.bins, device=device)
+    bin_means = next(disc.parameters()).new_ones(cfg.bins)
     opt_G = torch.optim.Adam(G.parameters(), betas=(0.0, 0.99), fused=True)
     opt_fake = torch.optim.Adam(critic, betas=(0.0, 0.99), fused=True)
     run = Run(cfg, "fdistill", G=G, fake=fake, disc=disc, ema=ema, opt_G=opt_G, opt_fake=opt_fake,
@@ -150,38 +147,34 @@ def train(cfg, data=None, teacher=None, student=None):
     for step in run.steps():
         set_lr(opt_G, cfg.lr, run.progress)
         set_lr(opt_fake, cfg.lr_fake, run.progress, floor=0.1)
-
         # 1. fit the fake score, and the discriminator on its features, to the student's samples
         for _ in range(cfg.fake_updates):
-            for _ in range(cfg.accumulate):
+            for _ in range(cfg.accumulate):     # run.part: samples of one pass, batch / accumulate
                 loss_fake, loss_disc = critic_losses(G, fake, disc, data, run.part, cfg)
                 ((loss_fake + cfg.disc_weight * loss_disc) / cfg.accumulate).backward()
             opt_fake.step()
             opt_fake.zero_grad()
-
-        # 2. move the student by what teacher, fake score and discriminator say of it
+        # 2. move the student by the weighted difference of scores, and by the GAN
         for _ in range(cfg.accumulate):
-            label = draw_label(run.part, data, device)
-            x = generate(G, torch.randn(run.part, *data.shape, device=device), label)
+            label = draw_label(run.part, data, run.device)
+            x = generate(G, torch.randn(run.part, *data.shape, device=run.device), label)
             u = uniform(x)                              # the noise level's place on Karras's ramp
             sigma = karras(u, cfg.sigma_min, cfg.sigma_max)                         # (B, 1, ...)
             x_t = x + sigma * torch.randn_like(x)
-            with torch.no_grad():
-                d_real = teacher(x_t, sigma, label)
-            with torch.set_grad_enabled(cfg.gan_weight > 0):
+            d_real = teacher(x_t.detach(), sigma, label)
+            with torch.set_grad_enabled(cfg.gan_weight > 0):    # only the GAN's term needs it
                 d_fake, feature = fake.with_feature(x_t, sigma, label)
                 logit = disc(feature)[:, 0]                                         # (B,)
             r = balance_ratio(density_ratio(logit), u.flatten(), bin_means, cfg.ratio_ema)
             loss = f_distill_loss(x, d_real, d_fake, r, cfg.divergence).mean()
             gan = gan_loss(logit).mean()
             total = (loss + cfg.gan_weight * gan) / cfg.accumulate
-            total.backward(inputs=list(G.parameters()))             # spares the critic
+            total.backward(inputs=list(G.parameters()))     # leaves the critic's gradients alone
         opt_G.step()
         opt_G.zero_grad()
         update_ema(ema, G, cfg.ema, step)
-
-        gap = (d_real - d_fake).square().mean()         # falls while the student learns; f does not
-        run.log(gap=gap, f=loss, gan=gan, fake=loss_fake, disc=loss_disc, ratio_std=r.std())
+        gap = (d_real - d_fake).square().mean()         # falls as the student learns; dm does not
+        run.log(gap=gap, dm=loss, gan=gan, fake=loss_fake, disc=loss_disc, ratio_std=r.std())
         if run.due():
             shown = sample(ema, len(z_show), label_show, z_show)
             run.show({**panels, "student, 1 network call": shown}, label_show)
@@ -205,13 +198,11 @@ def critic_losses(G, fake, disc, data, n, cfg):
 
 @torch.no_grad()
 def sample(student, n, label=None, z=None):
-    """n samples (n, ...) of a student, one call each; labels in the data's proportions."""
+    """n samples (n, ...), one call each, of noise z (n, ...) and label (n, K), by default drawn."""
     device = next(student.parameters()).device
     need(label is None or student.label_dim, "this student is not class-conditional")
-    if label is None:
-        label = draw_label(n, student, device)
-    if z is None:
-        z = torch.randn(n, *student.shape, device=device)
+    label = draw_label(n, student, device) if label is None else label
+    z = torch.randn(n, *student.shape, device=device) if z is None else z
     return in_parts(lambda z, label: generate(student, z, label), z, label, most=student.most)
 
 

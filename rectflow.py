@@ -8,17 +8,19 @@ straight lines from noise z to data x a velocity is learnt; a sample is what its
     x_t = (1 - t) z + t x,   min E|v(x_t, t) - (x - z)|^2,   dx_t/dt = v(x_t, t)       (RF, Eq. 1)
 
 Lines between the ODE's own pairs (z, x) hardly cross: *reflow* fits them, and paths become nearly
-straight, one Euler step nearly exact. Every network is a denoiser, and a velocity exactly, as
-x_t / t is x with noise of std (1 - t) / t. For t < 1 / sigma_init that divisor stays there, so that
-one Euler step, D(sigma_init z, sigma_init), is all scripts' one-step generator:
+straight, one Euler step nearly exact. Every network is a denoiser, and exactly a velocity, since
+x_t / t is x with noise of std (1 - t) / t. Below t = 1 / sigma_init the divisor is held there: one
+Euler step from t = 0 is then D(sigma_init z, sigma_init), the five scripts' one-step generator.
 
     v(x_t, t) = (D(x_t / t, (1 - t) / t) - x_t) / (1 - t)
 
     flow     velocity from data and independent noise
     reflow   the same from pairs (z, ODE(z)) of the teacher, --rounds times
-    distill  z + v(z, 0) = ODE(z), in 1 call or in K                         chain: these three
+    distill  z + v(z, 0) = ODE(z), in 1 call or in K
     anneal   reflow into a small network, the noise slowly changed from fresh to the pairs'
-    guided   distill, the annealed flow's two steps as further targets       slim: these two
+    guided   distill, the annealed flow's two steps as further targets
+    chain    = flow, reflow, distill
+    slim     = anneal, guided
 
     python rectflow.py                          # ring of 8 Gaussians: a minute, H about 0.0002
     python rectflow.py --stage slim --teacher runs/rectflow-ring-0-flow
@@ -28,8 +30,9 @@ Differences from the papers and their code: 1. EDM's preconditioning and log-noi
 999 t; t ends at 1 / (1 + sigma_min).  2. Pairs by EDM's Heun method, 35 calls, not RK45; 50,000 or
 100,000 (RF advises a million, RF++ has 5 on ImageNet-64).  3. No LPIPS, by which all distil images:
 mean square, or RF++'s pseudo-Huber without its factor 1 - t (t in our time), which beside LPIPS
-only weighs, but alone leaves t = 0 unlearnt.  4. SlimFlow's guide makes both steps, as in the
-paper, not in its code. Alone, guided has its teacher as guide.  5. Adam with betas (0.9, 0.99)
+only weighs, but alone leaves t = 0 unlearnt. RF distils at t = 1e-3, we at 0. InstaFlow's guidance
+by text is absent.  4. SlimFlow's guide makes both steps, as in the paper, not in its code. Alone,
+guided has its teacher as guide. anneal ends after 0.6 of the run.  5. Adam with betas (0.9, 0.99)
 (papers: 0.999), no dropout (RF: 0.15) or clipping (RF: 1); the rate warms up over 2 % of the steps
 (RF, RF++: 5000) and falls to 0 over the last half (papers: constant).  6. One EMA decay for all
 stages, warmed up (RF's flow, SlimFlow: 0.999999).  7. Image settings fit one GPU and a day.
@@ -56,7 +59,7 @@ class Config(Shared):
     sigma_init: float = 20.0
     stage: Literal["chain", "slim", "flow",     # chain: flow, reflow, distill; slim: anneal, guided
                    "reflow", "distill", "anneal", "guided"] = "chain"
-    rounds: int = 1             # reflow: how often
+    rounds: int = 1             # chain, reflow: how many reflows
     pairs: int = 50_000         # pairs (z, ODE(z)) of the teacher, made once, kept beside the runs
     t_law: Literal["uniform", "ushape"] = "uniform"     # reflow, anneal: law of t; ushape is RF++'s
     distance: Literal["l2", "huber"] = "l2"     # all but flow: mean square, or RF++'s pseudo-Huber
@@ -92,17 +95,18 @@ def velocity(D, x_t, t, label, sigma_init):
 
 
 def pair_distance(a, b, kind):
-    """Distance (B,) of a and b (B, ...): mean square, or RF++'s pseudo-Huber, c = 0.00054 dim."""
+    """Distance (B,) of a, b (B, ...): mean square, or RF++'s huber / dim (dmd's: not divided)."""
     dim = a[0].numel()
     square = (a - b).square().flatten(1).sum(1)
     if kind == "l2":
         return square / dim
-    c = 0.00054 * dim
+    c = 0.00054 * dim                           # of a whole sample's norm
     return ((square + c**2).sqrt() - c) / dim
 
 
 def flow_loss(D, z, x, t, label, sigma_init, kind="l2"):
-    """Velocity on lines from z to x against their slope (B,) (RF, Eq. 1); at t = 0, distilling."""
+    """Loss (B,): the velocity at t on the line from z to x is to be its slope x - z (RF, Eq. 1). At
+    t = 0 alone that is distilling: one Euler step from z is to end in x."""
     x_t = (1 - t) * z + t * x                                                       # t (B, 1, ...)
     return pair_distance(velocity(D, x_t, t, label, sigma_init), x - z, kind)
 
@@ -124,7 +128,7 @@ def draw_t(z, law, t_max, a=4):
 
 
 def anneal(z, progress, share=0.6):
-    """Mix fresh noise into the pairs' z: it alone at first, none after a share of the training."""
+    """Pairs' z with fresh noise mixed in: noise alone at first, none from share of the run on."""
     b = max(0.0, 1 - progress / share)
     return (1 - b**2) ** 0.5 * z + b * torch.randn_like(z)
 
@@ -153,9 +157,9 @@ def straightness(path):
 
 
 def train(cfg, data=None, teacher=None, student=None):
-    """Run --stage, with what is given instead of files; returns averaged student and its Run."""
+    """Distil as cfg says; what is passed in replaces what flags would load. -> (average, Run)"""
     taught = bool(cfg.teacher) or teacher is not None
-    need(cfg.stage != "flow" or not taught, "--stage flow learns from data: leave --teacher away")
+    need(cfg.stage != "flow" or not taught, "--stage flow learns from data: omit --teacher")
     need(1 < cfg.sigma_init <= cfg.sigma_max, "--sigma_init must lie in (1, --sigma_max]")
     need(0 < cfg.shrink <= 1, f"--shrink is a share in (0, 1], not {cfg.shrink}")
     parts = split_stages(cfg, taught)
@@ -184,7 +188,7 @@ def split_stages(cfg, taught):
         names = names[1:]
     out = str(run_folder(cfg, "rectflow"))
     folders = [f"{out}-{name}" for name in names[:-1]] + [out]
-    return [replace(cfg, stage=name.rstrip("0123456789"), out=folder,
+    return [replace(cfg, stage=name.rstrip("0123456789"), out=folder,       # reflow2 is a reflow
                     minutes=cfg.minutes / len(names)) for name, folder in zip(names, folders)]
 
 
@@ -193,6 +197,7 @@ def train_stage(cfg, data, teacher, student):
     if student is None and cfg.stage in ("flow", "anneal"):
         student = fresh_network(cfg, data)
     G = initial_student(cfg, data, teacher, student)
+    # the levels of a student are times here
     G.levels = even_times(dict(flow=FINE, distill=cfg.steps_student).get(cfg.stage, 1))
     ema = copy.deepcopy(G).eval().requires_grad_(False)
     guide = copy.deepcopy(ema) if cfg.stage == "guided" else None       # the flow it starts from
@@ -201,13 +206,13 @@ def train_stage(cfg, data, teacher, student):
     run = Run(cfg, "rectflow", G=G, ema=ema, opt=opt)
     panels, z_show, label_show = gallery(cfg, data, teacher)
     calls = min(len(G.levels), 20)                      # pictures by 100 cost more than training
+    kind = "l2" if pairs is None else cfg.distance
 
     for step in run.steps():
         set_lr(opt, cfg.lr, run.progress, warmup=0.02)
-        for _ in range(cfg.accumulate):
+        for _ in range(cfg.accumulate):     # run.part: samples of one pass, batch / accumulate
             # 1. velocity against slope, anywhere on the lines or where the student is called
             z, label, x, t = draw_lines(cfg, data, pairs, run, G.levels)
-            kind = "l2" if pairs is None else cfg.distance
             loss = flow_loss(G, z, x, t, label, cfg.sigma_init, kind).mean()
             terms = dict(flow=loss)
             # 2. the guide has lines of its own, from fresh noise
@@ -220,7 +225,6 @@ def train_stage(cfg, data, teacher, student):
         opt.step()
         opt.zero_grad()
         update_ema(ema, G, cfg.ema, step)
-
         run.log(**terms)
         if run.due():
             shown = sample(ema, len(z_show), label_show, z_show, calls)
@@ -252,7 +256,7 @@ def draw_lines(cfg, data, pairs, run, levels):
     else:
         i = torch.randint(len(pairs[0]), (run.part,))
         z, label, x = [t if t is None else t[i].to(run.device) for t in pairs]
-    if cfg.flip and x.ndim == 4:                        # a pair is mirrored as one
+    if cfg.flip and pairs and x.ndim == 4:              # a pair as one; data has its own
         mirror = uniform(x) < 0.5
         z = torch.where(mirror, z.flip(3), z)
         x = torch.where(mirror, x.flip(3), x)
@@ -266,10 +270,8 @@ def draw_lines(cfg, data, pairs, run, levels):
 
 
 def compare(run, data, teacher, student, z, label):
-    """
-    {figure: [before the stage, after it]}: straightness, square distance from one Euler step to the
-    ODE's end, on toys H of one step. Without a teacher, after alone. Draws trajectories.png.
-    """
+    """{figure: [before the stage, after it]}: straightness, square distance from one Euler step to
+    the ODE's end, on toys H of one step. Without a teacher, after alone. Draws trajectories.png."""
     found, paths = dict(straightness=[], one_step_error=[], one_step_H=[]), {}
     n, sigma_init = min(1000 if z.ndim == 2 else 16, run.part), run.cfg.sigma_init
     some = None if label is None else label[:n]
@@ -304,13 +306,11 @@ def draw_trajectories(file, paths):
 
 @torch.no_grad()
 def sample(student, n, label=None, z=None, calls=0):
-    """n samples (n, ...) by Euler steps from the times student.levels, or by `calls` even ones."""
+    """n samples of z (n, ...), label (n, K) by Euler steps at student.levels, or `calls` even."""
     device = next(student.parameters()).device
     need(label is None or student.label_dim, "this student is not class-conditional")
-    if label is None:
-        label = draw_label(n, student, device)
-    if z is None:
-        z = torch.randn(n, *student.shape, device=device)
+    label = draw_label(n, student, device) if label is None else label
+    z = torch.randn(n, *student.shape, device=device) if z is None else z
     times = even_times(calls) if calls else student.levels
     return in_parts(lambda z, label: euler(student, z, label, times, student.sigma_init)[-1],
                     z, label, most=student.most)
