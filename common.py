@@ -1581,7 +1581,9 @@ class Run:
         try:
             fcntl.flock(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            need(self.script == "teacher", f"another process works in {self.dir}; wait for it")
+            if self.script != "teacher":
+                self.held.close()
+                raise UserError(f"another process works in {self.dir}; wait for it")
             print(f"waiting for the process that fits {self.dir}", flush=True)
             fcntl.flock(self.held, fcntl.LOCK_EX)
 

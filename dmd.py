@@ -81,7 +81,7 @@ PRESETS = {
     "grid dmd2": dict(fake_updates=3, steps=1600),      # 25 narrow modes want a closer fake score
     "dmd": dict(fake_updates=1, steps=1400),
     # adapters are slow: with rates of 2e-3 one of three seeds stayed a thin circle (H 0.023)
-    "vsd": dict(fake_updates=1, steps=1400, lr=1e-3, lr_fake=4e-3),
+    "vsd": dict(teacher_steps=2000, fake_updates=1, steps=1400, lr=1e-3, lr_fake=4e-3),
     "mnist": dict(SMALL, cond=True),
     "images": SMALL,
     # One GPU, hours. DMD2 has no CIFAR-10 settings; f-distill's Table 5 and FastGen: batch 2048,

@@ -45,7 +45,7 @@ from common import (Run, Shared, begin, denoising_loss, draw_label, gallery, gen
 @dataclass(init=False)
 class Config(Shared):
     steps: int = 1400
-    batch: int = 512
+    teacher_steps: int = 2000   # the teacher is all that the loop knows of the data
     lr: float = 2e-3
     ema: float = 0.995
     sigma_init: float = 2.5

@@ -165,12 +165,26 @@ def test_folders_are_never_overwritten(no_pictures):
     assert main_in_process(fdistill, *flags)[0] == 0
     assert [p.read_bytes() for p in Path().glob("run~*/last.pt")] == [first]
     Path("mine").mkdir()
+    Path("mine/config.json").write_text('{"model_type": "unet"}')       # of another project
     Path("mine/thesis.txt").write_text("years of work")
     code, err = main_in_process(fdistill, *QUICK, "--out", "mine")
     assert code == 2 and "no run's folder" in err and Path("mine/thesis.txt").exists()
     Path("run/last.pt").write_bytes(first[:1000])
     code, err = main_in_process(fdistill, *flags, "--resume")
     assert code == 2 and "last.pt is damaged" in err
+
+
+@pytest.mark.background
+def test_two_runs_of_one_folder(tmp_path):
+    """A second run in a folder is refused; a second run that needs the same teacher waits for it."""
+    flags = ["--steps", "300", "--teacher_steps", "600", "--batch", "64", "--samples", "64"]
+    first, other = [start("fdistill.py", *flags, "--seed", i, cwd=tmp_path) for i in (0, 1)]
+    wait_for(lambda: list(tmp_path.glob("runs/fdistill-*0/log.csv")), first)
+    code, _, err = run("fdistill.py", *flags, cwd=tmp_path)
+    assert code == 2 and "another process works in" in err
+    outputs = [process.communicate(timeout=200) for process in (first, other)]
+    assert first.returncode == other.returncode == 0, outputs
+    assert "waiting for the process that fits" in outputs[0][0] + outputs[1][0]
 
 
 def test_other_settings_have_other_folders(no_pictures):
@@ -273,7 +287,7 @@ def test_imports(name):
 
 
 # Growth is a decision: lines, and bytes of common.py; design.md wants 1,300 and 58,000 there.
-LIMITS = dict(common=1790, fdistill=210, sim=170, dmd=310, consistency=480, rectflow=320)
+LIMITS = dict(common=1800, fdistill=210, sim=170, dmd=310, consistency=480, rectflow=320)
 
 
 @pytest.mark.parametrize("name", LIMITS)
