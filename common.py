@@ -1597,8 +1597,7 @@ class Run:
             self.budget = max(1.0, 60 * self.cfg.minutes - (time.time() - self.cfg.started))
         self.began = time.time() - self.seconds
         length = f"{self.cfg.minutes} minutes" if self.cfg.minutes else f"{self.cfg.steps} steps"
-        print(f"{self.script} on {self.cfg.data}: {length}; the picture while it learns:\n"
-              f"{self.dir}/samples.png", flush=True)
+        print(f"{self.script} on {self.cfg.data}: {length}, in\n{self.dir}", flush=True)
         bar = tqdm(total=None if self.cfg.minutes else self.cfg.steps, initial=self.step, ncols=79,
                    desc=self.script, disable=rank() > 0)
         try:

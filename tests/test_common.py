@@ -489,3 +489,37 @@ def test_sample_flag(no_pictures, monkeypatch):
     monkeypatch.setattr(MLP, "encode", counted)
     main_in_process(fdistill, "--sample", run.dir, "--samples", 70, "--device", "cpu")
     assert np.load(run.dir / "draw.npy").shape == (70, 2) and sizes == [32, 32, 6]
+
+
+# ---- what is one's own and does not fit ----
+
+
+def test_fid_of_float_images_is_that_of_bytes():
+    cfg, data, _ = fid_case()
+    as_float = Images(data.images.float() / 127.5 - 1)
+    got = common.fid(cfg, load_data(cfg, as_float), all_images(data))
+    assert abs(got["fid100_train100"]) < 0.01
+
+
+@pytest.mark.parametrize("data, says", [
+    (torch.zeros(9, 3, 29, 29), "square"), (torch.zeros(9, 2, 8, 8), "square"),
+    (torch.zeros(9, 8, dtype=torch.int64), "float"), (torch.zeros(9, 3, 8), "square")])
+def test_data_that_no_network_takes(data, says):
+    with pytest.raises(UserError, match=says):
+        load_data(quick(), data)
+
+
+def test_labels_that_are_not_there():
+    with pytest.raises(UserError, match="no labels"):
+        load_data(quick(cond=True), torch.randn(9, 2))
+
+
+def test_a_teacher_that_does_not_fit():
+    """An answer that would be broadcast, and one object as teacher and student."""
+    cfg = quick()
+    data = load_data(cfg)
+    with pytest.raises(UserError, match="teacher gives"):
+        common.load_teacher(cfg, data, lambda x_t, sigma, label=None: x_t[:, :1])
+    network = common.build(cfg, data)
+    with pytest.raises(UserError, match="pass a copy"):
+        common.initial_student(cfg, data, network, network)

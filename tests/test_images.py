@@ -306,3 +306,10 @@ def test_wrong_npz(arrays):
     """No images, floats, no side, none at all, objects, 2 channels, not square; odd labels."""
     np.savez("own.npz", **arrays)
     refused("images", "images", "own.npz")
+
+
+def test_a_map_that_lacks_classes_is_refused():
+    """Labels of synsets that map_clsloc.txt does not name would silently be class 0 or their own."""
+    write_batches()
+    Path("map_clsloc.txt").write_text("n02119789 1 kit_fox\nn02100735 2 setter\n")
+    refused("mapped", "imagenet64", cond=True)

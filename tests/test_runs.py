@@ -205,6 +205,17 @@ def test_a_finished_run_is_prolonged(no_pictures):
     assert fdistill.train(cfg)[1].step == 6
 
 
+def test_sample_heeds_the_flags_given_now(no_pictures):
+    """--sample RUN --nfe 2 draws with two calls, though the run was trained to show one."""
+    import consistency
+    assert main_in_process(consistency, *QUICK, "--out", "run")[0] == 0
+    drawn = []
+    for calls in (1, 1, 2):
+        assert main_in_process(consistency, "--sample", "run", "--samples", 8, "--nfe", calls)[0] == 0
+        drawn.append(np.load("run/draw.npy"))
+    assert np.array_equal(drawn[0], drawn[1]) and not np.array_equal(drawn[0], drawn[2])
+
+
 def test_minutes(monkeypatch, no_pictures):
     """--minutes replaces --steps: half for a missing teacher, all of it if there is one."""
     clock, update = [0.0], common.update_ema
