@@ -12,6 +12,7 @@ import struct
 import sys
 import tempfile
 import threading
+import warnings
 from pathlib import Path
 
 import torch
@@ -209,6 +210,7 @@ def mutated(rng, base, parts):
 
 
 def main(files=12_000, seed=0):
+    warnings.simplefilter("ignore")                     # to print one, Python opens source files
     rng, counts, made = random.Random(seed), collections.Counter(), crafted()
     path = Path(tempfile.mkdtemp()) / "x.pkl"
     watch(path)
