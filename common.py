@@ -1482,6 +1482,8 @@ def write_atomically(path, write):
         part.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as f:
             write(f)
+            f.flush()
+            os.fsync(f.fileno())                        # a power cut, too
         os.replace(part, path)
     except (OSError, RuntimeError) as e:                # torch.save: a full disk is a RuntimeError
         raise UserError(f"could not write {path}, what was there is kept: {str(e).splitlines()[0]}")

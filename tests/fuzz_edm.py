@@ -39,6 +39,8 @@ def hook(event, args):
 
 def watch(path):
     """Install the hook, once and for ever; what is imported at first use, before."""
+    for codec in ("raw-unicode-escape", "unicode-escape", "latin1", "ascii"):
+        str(b"a", codec)                                # codecs that a pickle may ask for
     for adm in (False, True):
         path.write_bytes(edm_bytes(tiny(adm)))
         common.load_edm(path, CPU)

@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT, TinyInception, main_in_process   # first: it puts the scripts on the path
 import common
 
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 SCRIPTS = ["fdistill", "dmd", "sim", "consistency", "rectflow"]
 COMMANDS = re.findall(r"^    python (\w+)\.py\b(.*)", README, re.M)
 SMALL = "--steps 2 --teacher_steps 2 --batch 64 --samples 8 --accumulate 1 --device cpu --dtype fp32"
@@ -71,7 +71,8 @@ def test_numbers_of_lines():
 def test_links():
     """Every picture and file that README and the results point to is there."""
     for path in (ROOT / "README.md", ROOT / "notebooks/results.md"):
-        targets = [t for t in re.findall(r"\]\(([^)#\s]+)\)", path.read_text()) if "http" not in t]
+        text = path.read_text(encoding="utf-8")
+        targets = [t for t in re.findall(r"\]\(([^)#\s]+)\)", text) if "http" not in t]
         assert targets and all((path.parent / t).exists() for t in targets), targets
 
 
