@@ -15,7 +15,7 @@ student of several calls; each call is trained on what the calls before it reall
 simulation, DMD2, Sec. 4.5).
 
     python dmd.py                               # ring of 8 Gaussians: 50 s on a core, H of 0.0001
-    python dmd.py --variant vsd                 # the same without data: H 0.0002 to 0.0008
+    python dmd.py --variant vsd                 # the same without data
     python dmd.py --data cifar10 --dtype bf16 --teacher edm-cifar10-32x32-cond-vp.pkl
 
 Differences from the papers and their code: 1. Levels are continuous on Karras's ramp, all of it for
