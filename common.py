@@ -4,14 +4,14 @@ What the five scripts share, in reading order. Nothing in it belongs to one meth
     1 command line   2 data              3 noise levels   4 networks
     5 teachers       6 the weighting op  7 metrics        8 a run
 
-One currency everywhere: a *denoiser* D(x_t, sigma, label) -> x, the expected clean sample, where
-x_t (B, ...) is x + sigma eps, sigma is (B, 1, ...), and label is one-hot (B, K) or None. A network,
-a closed-form mixture, an EDM checkpoint and a function of your own are all denoisers, and one can
-stand in for another. The score is (D(x_t, sigma, label) - x_t) / sigma^2.
+One currency: a *denoiser* D(x_t, sigma, label) -> x, the expected clean sample. x_t (B, ...) is x +
+sigma eps, sigma is (B, 1, ...), label is one-hot (B, K) or None. A network, a closed-form mixture,
+an EDM checkpoint and a function of your own are all denoisers, and one can stand in for another.
+The score is (D(x_t, sigma, label) - x_t) / sigma^2.
 
 Importing this file does no work. It is no script: start with `python fdistill.py`.
 """
-import argparse, contextlib, copy, csv, dataclasses, difflib, functools, gzip, hashlib, inspect, io
+import argparse, contextlib, copy, dataclasses, difflib, functools, gzip, hashlib, inspect, io
 import json, math, os, pickle, re, signal, sys, tarfile, tempfile, time, warnings, zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,15 +44,13 @@ def blame(sentence):
     try:
         yield
     except Exception as e:
-        why = str(e) if isinstance(e, UserError) else f"{type(e).__name__}: {e}"
-        raise UserError(f"{sentence}: {why.strip().splitlines()[0][:200]}") from None
+        raise UserError(f"{sentence}: {e}".splitlines()[0][:400]) from None
 
 
 @dataclass(init=False)
 class Shared:
-    """Flags that every script has. `Config(data="cifar10", steps=100)` in Python is `--data cifar10
-    --steps 100` on the command line: defaults < presets < what is given. Raises UserError for
-    names, types and values that it does not know."""
+    """Flags that every script has. In Python, `Config(data="cifar10", steps=100)` means `--data
+    cifar10 --steps 100`: defaults < presets < what is given. UserError for unknown ones."""
     data: str = "ring"          # a toy, mnist, cifar10, imagenet64, or images: your own
     data_dir: str = "data"      # folder or file with the images
     net: Literal["auto", "mlp", "small", "ddpmpp", "adm"] = "auto"      # network
@@ -86,10 +84,8 @@ class Shared:
     def __init__(self, **flags):
         argv = []
         for name, value in flags.items():
-            if isinstance(value, bool):
-                argv.append(f"--{name}" if value else f"--no-{name}")
-            else:
-                argv.append(f"--{name}={value}")
+            switch = f"--{name}" if value else f"--no-{name}"
+            argv.append(switch if isinstance(value, bool) else f"--{name}={value}")
         presets = getattr(sys.modules[type(self).__module__], "PRESETS", {})
         vars(self).update(vars(parse(type(self), presets, argv)))
 
@@ -114,10 +110,10 @@ def make_parser(Config):
     """The parser of a Config's flags: names and types are its fields', help is their comments."""
     source = "".join(inspect.getsource(cls) for cls in reversed(Config.__mro__[:-1]))
     notes = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.+)$", source, re.M))
-    doc = (sys.modules[Config.__module__].__doc__ or "").strip().splitlines()
+    doc = (sys.modules[Config.__module__].__doc__ or "\n").strip().splitlines()
     examples = [line for line in doc if line.startswith("    python")]
-    parser = _Parser(description="".join(doc[:1]), epilog="\n".join(examples),
-                     usage="%(prog)s [--flag value] ...", allow_abbrev=False,
+    parser = _Parser(description=doc[0], epilog="\n".join(examples), allow_abbrev=False,
+                     usage="%(prog)s [--flag value] ...",
                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in sorted(dataclasses.fields(Config), key=lambda f: hasattr(Shared, f.name)):
         kind = dict(choices=get_args(f.type))
@@ -132,7 +128,8 @@ def make_parser(Config):
 
 def parse(Config, presets, argv=None):
     """A Config from a command line: its defaults < presets < what is given. A preset counts if
-    every word of its key ("cifar10", "cifar10 cd") is the value of a flag; later ones win."""
+    every word of its key ("cifar10", "cifar10 cd") is the value of a flag; later ones win. --sample
+    starts from the flags of the run that it names."""
     given, rest = make_parser(Config).parse_known_args(argv)
     known = {f.name: f for f in dataclasses.fields(Config)}
     for word in rest:
@@ -140,7 +137,12 @@ def parse(Config, presets, argv=None):
         raise UserError(f"unknown argument {word}; did you mean --{near[0]}?")
     flags = vars(given)
     if flags.get("sample"):
-        flags = saved_flags(flags["sample"], Config) | flags
+        mine = Path(inspect.getfile(Config))
+        saved = read_json(f"{flags['sample']}/config.json")
+        need(saved.get("script") == mine.stem, f"--sample {flags['sample']} holds no run of "
+             f"{mine.name}: see its config.json")
+        names = known.keys() & saved.keys() - {*FREE, "seed"}
+        flags = {name: saved[name] for name in names} | flags
     values = {name: f.default for name, f in known.items()} | flags
     words = {values[name] for name, f in known.items() if name == "data" or get_args(f.type)}
     for key, preset in presets.items():
@@ -151,40 +153,28 @@ def parse(Config, presets, argv=None):
     return cfg
 
 
-def saved_flags(run, Config):
-    """The flags of a finished run, from its config.json: what --sample starts from."""
-    saved = read_json(Path(run) / "config.json")
-    need(saved, f"--sample {run} is no run's folder: its config.json is missing or damaged")
-    script, mine = saved.get("script"), Path(inspect.getfile(Config)).stem
-    need(script == mine, f"--sample {run} holds no run of {mine}.py, but of {script}")
-    known = {f.name for f in dataclasses.fields(Config)} - {*FREE, "seed"}
-    return {name: saved[name] for name in known & saved.keys()}
-
-
 def check(cfg):
     """Raise UserError for values that cannot work, whatever the script."""
     for f in dataclasses.fields(cfg):
-        name, value, least = f.name, getattr(cfg, f.name), 0
-        if f.type is int and name not in ("width", "seed"):
-            least = 1
-        if f.type in (int, float) and name != "p_mean":
-            need(least <= value < 2**63, f"--{name} is a number of at least {least}, not {value}")
-        need(value or not name.startswith(("lr", "sigma")), f"--{name} must be greater than 0")
-    toy, names = cfg.data in TOYS, [*TOYS, *CLASSES]
+        value = getattr(cfg, f.name)
+        least = int(f.type is int and f.name not in ("width", "seed"))
+        if f.type in (int, float) and f.name != "p_mean":
+            need(least <= value < 2**63, f"--{f.name} is a number of at least {least}, not {value}")
+        need(value or not f.name.startswith(("lr", "sigma")), f"--{f.name} must be greater than 0")
+    parts, names = cfg.accumulate * processes(), [*TOYS, *WANTED]
     need(cfg.data in names, f"unknown data set {cfg.data!r}: choose one of {', '.join(names)}")
-    parts = cfg.accumulate * processes()
     need(cfg.sigma_min < cfg.sigma_max, "--sigma_min must lie below --sigma_max")
     need(cfg.ema < 1, f"--ema is a decay in [0, 1), not {cfg.ema}")
     need(cfg.width % 4 == 0, f"--width must be a multiple of 4, not {cfg.width}")
     need(cfg.batch % parts == 0, f"--batch {cfg.batch} does not divide into {parts} parts")
     need(cfg.samples > 1 or cfg.sample, "--samples must be at least 2 to measure anything")
-    need(not (toy and cfg.fid), "--fid is for images; toys are measured by H without it")
+    need(cfg.data in WANTED or not cfg.fid, "--fid is for images; toys are measured by H without")
     need(cfg.device != "cuda" or torch.cuda.is_available(), "--device cuda: PyTorch sees no GPU")
 
 
 def main(Config, presets, train, sample):
     """A script's command line. Bad input: a sentence and exit code 2; Ctrl-C: 130; SIGTERM: 143."""
-    code, sentence = 0, ""
+    code, sentence = 2, "memory is full; a larger --accumulate or a smaller --batch needs less"
     try:
         join_processes()
         cfg = parse(Config, presets)
@@ -192,20 +182,19 @@ def main(Config, presets, train, sample):
             draw(cfg, sample)
         else:
             train(cfg)
+        if processes() > 1:
+            dist.destroy_process_group()
+        return
     except (UserError, OSError) as e:       # OSError: a full disk, a folder that may not be written
-        code, sentence = 2, str(e)
+        sentence = str(e)
     except KeyboardInterrupt as e:
         code, sentence = e.args or (130, "stopped")
     except (RuntimeError, MemoryError) as e:
         if not isinstance(e, MemoryError) and "memory" not in str(e):
             raise
-        code, sentence = 2, "memory is full; a larger --accumulate or a smaller --batch needs less"
-    if code:
-        if rank() == 0:
-            print(f"{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr, flush=True)
-        sys.exit(code)
-    if processes() > 1:
-        dist.destroy_process_group()
+    if rank() == 0:
+        print(f"{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr, flush=True)
+    sys.exit(code)
 
 
 def pick_device(cfg):
@@ -229,20 +218,20 @@ def draw_label(n, source, device=None):
 
 
 class GaussianMixture(nn.Module):
-    """Mixture of isotropic Gaussians with closed-form density, score and denoiser at every noise
-    level: data set and perfect teacher in one. means (K, D); std >= 0, one for all; weights (K,),
-    equal by default; groups (K,) the class of each component, its own by default. With samples as
-    means and std = 0 it is the exact denoiser of that sample set."""
+    """Mixture of isotropic Gaussians, closed-form at every noise level: data set and perfect
+    teacher in one. means (K, D); std >= 0, one for all; weights (K,), equal by default; groups (K,)
+    the class of each component, its own by default. With samples as means and std = 0 it is the
+    exact denoiser of that sample set."""
 
     def __init__(self, means, std=0.0, weights=None, groups=None):
         super().__init__()
         means = torch.as_tensor(means) + 0.0
-        weights = torch.ones(len(means)) if weights is None else torch.as_tensor(weights)
-        groups = torch.arange(len(means)) if groups is None else torch.as_tensor(groups)
-        need(means.ndim == 2 and len(weights) == len(groups) == len(means) and std >= 0,
+        weights = torch.as_tensor([1.0] * len(means) if weights is None else weights).to(means)
+        groups = torch.as_tensor(range(len(means)) if groups is None else groups)
+        need(means.ndim == 2 and len(weights) == len(groups) == len(means) and std >= 0
+             and weights.min() >= 0 and weights.sum() > 0,
              "GaussianMixture wants means (K, D), K weights and groups, and std >= 0")
-        need(weights.min() >= 0 and weights.sum() > 0, "weights are at least 0, some more")
-        weights = weights.to(means) / weights.sum()
+        weights = weights / weights.sum()
         self.std, self.shape = float(std), tuple(means.shape[1:])
         self.register_buffer("means", means)
         self.register_buffer("weights", weights)
@@ -307,25 +296,26 @@ TOYS = _toys()
 
 class Images:
     """A set of samples: images uint8 (N, C, H, W), drawn as float32 in [-1, 1], or any float (N,
-    ...). labels (N,) are class numbers. What is over a GiB stays where it is, such as in a memory
-    map."""
+    ...); labels (N,) class numbers. What is over a GiB stays where it is, as in a memory map."""
 
     def __init__(self, images, labels=None, classes=0, device="cpu", flip=False):
-        self.device, self.flip, self.labels = torch.device(device), flip, None
+        self.device, self.flip = torch.device(device), flip
         self.images = torch.as_tensor(images).to(device if images.nbytes <= 2**30 else "cpu")
-        self.shape, self.class_weights = tuple(images.shape[1:]), []
+        self.shape, self.class_weights, self.sigma_data = tuple(images.shape[1:]), [], 0.5   # EDM's
+        if self.images.dtype != torch.uint8:
+            self.sigma_data = float(self.images.std())
         if labels is not None:
             self.labels = torch.as_tensor(labels).long().to(self.images.device)
             count = torch.bincount(self.labels, minlength=classes)
             self.class_weights = (count / len(labels)).tolist()
         self.label_dim = len(self.class_weights)
-        self.sigma_data = 0.5                           # EDM's for images; CIFAR-10 itself has 0.50
-        if self.images.dtype != torch.uint8:
-            self.sigma_data = float(self.images.std())
 
     def sample(self, n):
         """n samples x (n, ...) with one-hot labels, or None where label_dim is 0."""
-        i = torch.randint(len(self.images), (n,), device=self.images.device)
+        return self.take(torch.randint(len(self.images), (n,), device=self.images.device))
+
+    def take(self, i):
+        """The samples of numbers i (n,), as sample gives them."""
         x = self.images[i].to(self.device)
         x = x.float() / 127.5 - 1 if x.dtype == torch.uint8 else x.float()
         if self.flip and x.ndim == 4:
@@ -341,12 +331,12 @@ def load_data(cfg, data=None):
     left out. Raises UserError for missing or damaged files, and for --fid that cannot work."""
     if data is None:
         data = TOYS[cfg.data] if cfg.data in TOYS else read_data(cfg)
-    elif torch.is_tensor(data):
+    if torch.is_tensor(data):
         need(data.dtype == torch.uint8 or data.is_floating_point(), "data must be float or uint8")
         data = Images(data, None, 0, pick_device(cfg), cfg.flip)
-    data = copy.copy(data)
     if isinstance(data, nn.Module):
         data = copy.deepcopy(data).to(pick_device(cfg))
+    data = copy.copy(data)
     if not hasattr(data, "class_weights"):
         describe(data, cfg)
     need(fits(data.shape), f"samples {data.shape} are neither points nor square images (C, 4k, 4k)")
@@ -357,20 +347,6 @@ def load_data(cfg, data=None):
         need(hasattr(data, "images"), "--fid is for data that is a set of images")
         first_alone(fid_reference, cfg, data)
     return data
-
-
-MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
-MNIST_MD5 = {"train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
-             "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624"}
-CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
-CIFAR10_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
-CLASSES = dict(mnist=10, cifar10=10, imagenet64=1000, images=0)     # 0: as many as there are
-WANTED = dict(
-    mnist="train-images-idx3-ubyte and train-labels-idx1-ubyte, gzipped or not",
-    cifar10="cifar-10-binary.tar.gz, its folder cifar-10-batches-bin, or EDM's .zip",
-    imagenet64="EDM's .zip, or train_data_batch_1.npz and so on (downsampled ImageNet)",
-    images="PNG or JPEG in a folder or .zip, or images (N, H, W[, C]) or (N, C, H, W) uint8 in an "
-    ".npz: grey or RGB, of one size, square, side a multiple of 4")
 
 
 def describe(data, cfg):
@@ -392,39 +368,50 @@ def fits(shape):
     return shape[0] in (1, 3) and shape[1] == shape[2] and shape[2] % 4 == 0
 
 
+WANTED = dict(
+    mnist="train-images-idx3-ubyte and train-labels-idx1-ubyte, gzipped or not",
+    cifar10="cifar-10-binary.tar.gz, its folder cifar-10-batches-bin, or EDM's .zip",
+    imagenet64="EDM's .zip, or train_data_batch_1.npz and so on (downsampled ImageNet)",
+    images="PNG or JPEG in a folder or .zip, or images (N, H, W[, C]) or (N, C, H, W) uint8 in an "
+    ".npz: grey or RGB, of one size, square, side a multiple of 4")
+MNIST = "https://ossci-datasets.s3.amazonaws.com/mnist/"
+CIFAR10 = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+
+
 def read_data(cfg):
     """The Images in --data_dir; UserError, which says what is wanted, for anything else."""
-    where = Path(cfg.data_dir)
+    where, classes = Path(cfg.data_dir), dict(mnist=10, cifar10=10, imagenet64=1000)
     readers = dict(mnist=read_mnist, cifar10=read_cifar10, imagenet64=read_imagenet)
     with blame(f"--data_dir {where} has no {WANTED[cfg.data]}"):
         images, labels = first_alone(readers.get(cfg.data, read_images), cfg, where)
         need(labels is not None or not cfg.cond, "its images have no labels: omit --cond")
         good = len(images) and fits(images.shape[1:]) and images.dtype == np.uint8
         need(good, f"its images are {images.shape} {images.dtype}")
-        return Images(images, labels, CLASSES[cfg.data], pick_device(cfg), cfg.flip)
+        return Images(images, labels, classes.get(cfg.data, 0), pick_device(cfg), cfg.flip)
 
 
-def download(cfg, url, path, sha256=None):
-    """Fetch url to path, but not into a folder of the user's that has something else."""
-    need(cfg.data_dir == "data", "nothing of that kind is there")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.hub.download_url_to_file(url, str(path), sha256)
+def download(cfg, url, path, sha256):
+    """Fetch url to path unless it is there; not into a folder of the user's with something else."""
+    if not path.exists():
+        need(cfg.data_dir == "data", "nothing of that kind is there")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(path), sha256)
 
 
 def read_mnist(cfg, where):
     """MNIST's idx files, gzipped or not, in --data_dir or in mnist/ there, or downloaded."""
-    raw, folder = [], where if list(where.glob("train-images*")) else where / "mnist"
-    for name, md5 in MNIST_MD5.items():
-        path, zipped = folder / name, folder / f"{name}.gz"
-        fetch = not path.exists() and not zipped.exists()
-        if fetch:
-            download(cfg, f"{MNIST_URL}{name}.gz", zipped)
-        raw.append(path.read_bytes() if path.exists() else gzip.decompress(zipped.read_bytes()))
-        need(not fetch or hashlib.md5(raw[-1]).hexdigest() == md5, f"{zipped} arrived damaged")
-    images = np.frombuffer(raw[0], np.uint8, offset=16).reshape(-1, 1, 28, 28)
-    labels = np.frombuffer(raw[1], np.uint8, offset=8)
+    raw, folder = [], where if any(where.glob("train-images*")) else where / "mnist"
+    for name, sha256 in (("train-images-idx3-ubyte", "440fcabf73cc546fa21475e81ea37026"),
+                         ("train-labels-idx1-ubyte", "3552534a0a558bbed6aed32b30c495cc")):
+        if (folder / name).exists():
+            raw.append((folder / name).read_bytes())
+        else:
+            download(cfg, f"{MNIST}{name}.gz", folder / f"{name}.gz", sha256)
+            raw.append(gzip.decompress((folder / f"{name}.gz").read_bytes()))
+    images = np.frombuffer(bytearray(raw[0]), np.uint8, offset=16).reshape(-1, 1, 28, 28)
+    labels = np.frombuffer(bytearray(raw[1]), np.uint8, offset=8)
     need(len(labels) == len(images), f"{len(images)} images, {len(labels)} labels")
-    return images.copy(), labels.astype(np.int64)
+    return images, labels
 
 
 def read_cifar10(cfg, where):
@@ -433,18 +420,17 @@ def read_cifar10(cfg, where):
         return read_images(cfg, where, (3, 32, 32))
     names = [f"data_batch_{i}.bin" for i in range(1, 6)]
     folder = where if (where / names[0]).exists() else where / "cifar-10-batches-bin"
-    archive = where if where.is_file() else where / "cifar-10-binary.tar.gz"
     if folder.is_dir():
         parts = [(folder / name).read_bytes() for name in names]
     else:
-        if not archive.exists():
-            download(cfg, CIFAR10_URL, archive, CIFAR10_SHA256)
+        archive = where if where.is_file() else where / "cifar-10-binary.tar.gz"
+        download(cfg, CIFAR10, archive, "c4a38c50a1bc5f3a1c5537f2155ab9d6")
         with tarfile.open(archive) as tar:              # read in memory: no path can escape
             files = {Path(member.name).name: member for member in tar if member.isfile()}
             parts = [tar.extractfile(files[name]).read() for name in names]
-    rows = np.frombuffer(b"".join(parts), np.uint8).reshape(-1, 3073)
+    rows = np.frombuffer(bytearray().join(parts), np.uint8).reshape(-1, 3073)
     need(rows[:, 0].max() < 10, f"a label is {rows[:, 0].max()}")
-    return rows[:, 1:].reshape(-1, 3, 32, 32).copy(), rows[:, 0].astype(np.int64)
+    return rows[:, 1:].reshape(-1, 3, 32, 32), rows[:, 0]
 
 
 def read_imagenet(cfg, where):
@@ -454,15 +440,14 @@ def read_imagenet(cfg, where):
     files = sorted(where.glob("train_data_batch_*.npz"), key=lambda p: (len(p.name), p.name))
     if not files:
         return read_images(cfg, where, (3, 64, 64))
-    order = np.arange(1000)
-    if (where / "map_clsloc.txt").exists():             # lines such as "n02119789 1 kit_fox"
+    order, names = np.arange(1000), where / "map_clsloc.txt"
+    if names.exists():                                  # lines such as "n02119789 1 kit_fox"
         order[:] = -1
-        words = (where / "map_clsloc.txt").read_text().split()
-        for place, (synset, number) in enumerate(sorted(zip(words[::3], words[1::3]))):
+        words = names.read_text().split()
+        for place, (_, number) in enumerate(sorted(zip(words[::3], words[1::3]))):
             order[int(number) - 1] = place
-    else:
-        need(not cfg.cond or not cfg.teacher.endswith(".pkl"), "the official map_clsloc.txt is "
-             "missing: without it, classes are not in the teacher's order")
+    need(names.exists() or not cfg.cond or not cfg.teacher.endswith(".pkl"), "the official "
+         "map_clsloc.txt is missing: without it, classes are not in the teacher's order")
     labels = np.concatenate([np.load(file)["labels"].reshape(-1) for file in files])
     need(labels.min() >= 1 and order[labels - 1].min() >= 0, "labels are not 1 to 1000, all mapped")
     parts = (np.load(file)["data"].reshape(-1, 3, 64, 64) for file in files)
@@ -485,15 +470,15 @@ def read_images(cfg, where, shape=None):
     need(fits(shape), f"its images are {shape}")
     parts = (read_picture(name, read(name), shape) for name in names)
     files = [where / name for name in names] if where.is_dir() else [where]
-    labels = np.array([known[name] for name in names], np.int64) if known else None
+    labels = np.array([known[name] for name in names]) if known else None
     return memory_map(cfg, files, (len(names), *shape), parts), labels
 
 
 def folder_classes(names):
     """{name: class number} of the files that are in a sub-folder."""
     folders = {name: name.split("/")[0] for name in names if "/" in name}
-    number = {folder: i for i, folder in enumerate(sorted(set(folders.values())))}
-    return {name: number[folder] for name, folder in folders.items()}
+    order = sorted(set(folders.values()))
+    return {name: order.index(folder) for name, folder in folders.items()}
 
 
 def open_pictures(where):
@@ -527,9 +512,8 @@ def read_npz(where):
     """(images (N, C, H, W), labels or None) of an .npz of your own."""
     with np.load(where) as z:
         images, labels = z["images"], z["labels"].reshape(-1) if "labels" in z else None
-    if images.ndim == 3:
-        images = images[:, None]
-    elif images.shape[3] in (1, 3):
+    images = images[:, None] if images.ndim == 3 else images
+    if images.shape[3] in (1, 3):
         images = images.transpose(0, 3, 1, 2)
     good = labels is None or len(labels) == len(images) and labels.dtype.kind in "iu"
     need(good, "labels must be a class number for each image")
@@ -652,8 +636,7 @@ def xavier(module, gain=1.0):
 
 class MLP(nn.Module):
     """Network for toys. ReLU on purpose: one step has to tear one Gaussian into modes, and
-    piecewise linear maps have the sharp edges for it (ring, within 3 std of a mode: ReLU 0.94, SiLU
-    0.80)."""
+    piecewise linear maps have the sharp edges for it."""
 
     def __init__(self, dim=2, label_dim=0, width=128, depth=4, second=False):
         super().__init__()
@@ -680,8 +663,7 @@ class MLP(nn.Module):
 
 def group_norm(c, adm):
     """Group norm with EDM's min(32, c / 4) groups, or fewer where that does not divide c."""
-    groups = math.gcd(min(32, max(c // 4, 1)), c)
-    return nn.GroupNorm(groups, c, 1e-5 if adm else 1e-6)
+    return nn.GroupNorm(math.gcd(min(32, max(c // 4, 1)), c), c, 1e-5 if adm else 1e-6)
 
 
 class Block(nn.Module):
@@ -754,14 +736,13 @@ class UNet(nn.Module):
         sides = [resolution // patch >> i for i in range(len(mult))]
         self.enc, skips = nn.ModuleDict({f"{sides[0]}x{sides[0]}_conv": first}), [width]
         for i, side in enumerate(sides):
-            c, c_out = skips[-1], width * mult[i]
             if i:
-                self.enc[f"{side}x{side}_down"] = Block(c, c, c_emb, adm, "down")
-                skips.append(c)
+                self.enc[f"{side}x{side}_down"] = Block(skips[-1], skips[-1], c_emb, adm, "down")
+                skips.append(skips[-1])
             for k in range(blocks):
-                block = Block(skips[-1], c_out, c_emb, adm, "", side in attention)
+                block = Block(skips[-1], width * mult[i], c_emb, adm, "", side in attention)
                 self.enc[f"{side}x{side}_block{k}"] = block
-                skips.append(c_out)
+                skips.append(width * mult[i])
         self.feature_shape = (skips[-1], sides[-1], sides[-1])
         self.dec = self.make_decoder(skips, sides, c_emb)
         if adm:
@@ -790,18 +771,19 @@ class UNet(nn.Module):
 
     def initialise(self, conv):
         """ADM: PyTorch's own; DDPM++: Xavier's; in both, residual branches start about zero."""
+        small = 0 if self.adm else 1e-5
         if not self.adm:
             xavier(self)
-        xavier(conv, 0 if self.adm else 1e-5)
+        elif self.label_dim:
+            nn.init.normal_(self.map_label.weight)
+        xavier(conv, small)
         for block in self.modules():
             if isinstance(block, Block):
-                xavier(block.conv1, 0 if self.adm else 1e-5)
+                xavier(block.conv1, small)
                 if block.heads:
-                    xavier(block.proj, 0 if self.adm else 1e-5)
+                    xavier(block.proj, small)
                 if block.heads and not self.adm:
                     xavier(block.qkv, 0.2**0.5)
-        if self.adm and self.label_dim:
-            nn.init.normal_(self.map_label.weight)
 
     def embed(self, c_noise, label, second):
         """Embedding (B, 4 width) of noise level, label and second number."""
@@ -941,10 +923,11 @@ def teacher_pairs(cfg, data, teacher, count):
     None, x) on the CPU; 1000 a file beside the runs, so that an interrupted call goes on."""
     parts, device = [], pick_device(cfg)
 
-    def make(i, n):
-        torch.manual_seed(i)
+    def make(seed, n):
+        torch.manual_seed(seed)
         z, label = torch.randn(n, *data.shape, device=device), draw_label(n, data, device)
-        return z, label, teacher_samples(cfg, teacher, z, label, cfg.sigma_init)
+        pairs = z, label, teacher_samples(cfg, teacher, z, label, cfg.sigma_init)
+        return [t if t is None else t.cpu() for t in pairs]
 
     with fork_rng(device):                              # the caller's random numbers stay the same
         key = checksum([cfg.sigma_min, cfg.sigma_init, data.class_weights], *make(0, 4))
@@ -952,8 +935,7 @@ def teacher_pairs(cfg, data, teacher, count):
             n = min(1000, count - i)
             path = runs_folder(cfg) / f"pairs-{cfg.data}-{key}" / f"{i}-{n}.pt"
             if not path.exists():
-                made = [t if t is None else t.cpu() for t in make(i, n)]
-                write_atomically(path, lambda f: torch.save(made, f))
+                save_tensors(path, make(i, n))
             parts.append(load_tensors(path))
     z, label, x = zip(*parts)
     return torch.cat(z), None if label[0] is None else torch.cat(label), torch.cat(x)
@@ -966,6 +948,10 @@ def checksum(facts, *tensors):
         if t is not None:
             key.update(t.detach().cpu().contiguous().numpy().tobytes())
     return key.hexdigest()[:8]
+
+
+def save_tensors(path, tensors):
+    write_atomically(path, lambda f: torch.save(tensors, f))
 
 
 def load_tensors(path):
@@ -984,7 +970,7 @@ def save_denoiser(path, network, cfg):
     saved |= {name: getattr(network, name, None) for name in ATTRIBUTES}
     if isinstance(network, Denoiser):
         saved |= dict(kind=type(network.net).__name__, spec=network.net.spec)
-    write_atomically(path, lambda f: torch.save(saved, f))
+    save_tensors(path, saved)
 
 
 def load_denoiser(path, cfg, network=None):
@@ -1007,8 +993,7 @@ def load_denoiser(path, cfg, network=None):
 
 
 class _Inert:
-    """Stands for every class and function of a pickle: keeps arguments and state, does nothing."""
-    state = {}
+    """Stands for every class and function of a pickle: keeps what it is given, does nothing."""
 
     def __init__(self, *args):
         if args and isinstance(args[0], dict):          # EDM's modules: all is in one argument
@@ -1027,31 +1012,29 @@ def _tensor(storage, offset, size, stride, *_):
 
 class _EdmReader(pickle._Unpickler):
     """Reads a pickle as data: nothing in it is imported or called but these harmless names. Only
-    string keys are kept: to hash a hostile key may take for ever."""
+    string keys are kept, and no sets: to hash a hostile key may take for ever."""
     harmless = {
         "collections.OrderedDict": dict,
         "dnnlib.util.EasyDict": dict,
         "torch._utils._rebuild_tensor_v2": _tensor,
         "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
         "torch.storage._load_from_bytes": lambda b: torch.load(io.BytesIO(b), weights_only=True)}
-    dispatch = dict(pickle._Unpickler.dispatch)
-    del dispatch[pickle.FROZENSET[0]]
 
     def find_class(self, module, name):
         return self.harmless.get(f"{module}.{name}", _Inert)
 
-    def load_items(self):
-        items = self.pop_mark()
+    def set_items(self, items):
         pairs = zip(items[::2], items[1::2])
         self.stack[-1].update({key: value for key, value in pairs if isinstance(key, str)})
 
-    def load_item(self):
-        self.metastack.append(self.stack[:-2])
-        self.stack = self.stack[-2:]
-        self.load_items()
+    def set_item(self):
+        value = self.stack.pop()
+        self.set_items([self.stack.pop(), value])
 
-    dispatch |= {pickle.SETITEMS[0]: load_items, pickle.SETITEM[0]: load_item,
-                 pickle.ADDITEMS[0]: pickle._Unpickler.pop_mark}
+    dispatch = pickle._Unpickler.dispatch | {
+        pickle.SETITEM[0]: set_item, pickle.ADDITEMS[0]: pickle._Unpickler.pop_mark,
+        pickle.SETITEMS[0]: lambda self: self.set_items(self.pop_mark())}
+    del dispatch[pickle.FROZENSET[0]]
 
 
 def edm_weights(module, prefix="", depth=0):
@@ -1078,8 +1061,18 @@ def load_edm(path, cfg):
         weights = {name: t for name, t in edm_weights(inner).items() if t.shape != (1, 1, 2, 2)}
         size = sum(t.numel() for t in weights.values())
         need(size <= os.path.getsize(path), "it is too short for its weights")
+        adm = inner.class_name == "DhariwalUNet"
+        how = dict(model_channels=128, channel_mult=[1, 2, 2, 2], num_blocks=4, augment_dim=0,
+                   attn_resolutions=[16])
+        if adm:
+            how |= dict(model_channels=192, channel_mult=[1, 2, 3, 4], num_blocks=3,
+                        attn_resolutions=[32, 16, 8])
+        how |= inner.state["_init_kwargs"]              # what its modules were made with
+        need(len(how["channel_mult"]) < 9 and how["num_blocks"] < 99, "it is too deep")
         with torch.device("meta"):
-            net = UNet(**edm_spec(known, inner))
+            net = UNet(known["img_resolution"], known["img_channels"], known["label_dim"],
+                       how["model_channels"], how["channel_mult"], how["num_blocks"],
+                       how["attn_resolutions"], how["augment_dim"], adm)
         sizes = {name: p.shape for name, p in net.state_dict().items()}
         need(sizes == {name: t.shape for name, t in weights.items()},
              "its network is neither DDPM++ nor ADM (the -vp and -adm files are)")
@@ -1089,21 +1082,6 @@ def load_edm(path, cfg):
         need(0 < denoiser.sigma_data < math.inf, "its sigma_data is no positive number")
     denoiser.config = {}
     return place(denoiser.eval(), cfg)
-
-
-def edm_spec(known, inner):
-    """UNet's arguments from those that EDM's two modules were made with."""
-    adm = inner.class_name == "DhariwalUNet"
-    usual = dict(model_channels=128, channel_mult=[1, 2, 2, 2], num_blocks=4, attn_resolutions=[16])
-    if adm:
-        usual = dict(model_channels=192, channel_mult=[1, 2, 3, 4], num_blocks=3,
-                     attn_resolutions=[32, 16, 8])
-    how = usual | inner.state["_init_kwargs"]
-    need(len(how["channel_mult"]) < 9 and how["num_blocks"] < 99, "it is too deep")
-    return dict(resolution=known["img_resolution"], channels=known["img_channels"], adm=adm,
-                label_dim=known["label_dim"], width=how["model_channels"], mult=how["channel_mult"],
-                blocks=how["num_blocks"], attention=how["attn_resolutions"],
-                augment_dim=how.get("augment_dim", 0))
 
 
 def load_teacher(cfg, data, teacher=None):
@@ -1116,9 +1094,9 @@ def load_teacher(cfg, data, teacher=None):
     elif teacher is None:
         teacher = load_denoiser(cfg.teacher, cfg) if cfg.teacher else fit_teacher(cfg, data, exact)
     if isinstance(teacher, Denoiser):
-        found = f"--teacher {cfg.teacher} makes {teacher.shape} in {teacher.label_dim} classes, "
         need((*teacher.shape, teacher.label_dim) == (*data.shape, data.label_dim),
-             f"{found}the data is {data.shape} in {data.label_dim}: see --data and --cond")
+             f"--teacher {cfg.teacher} makes {teacher.shape} in {teacher.label_dim} classes, the "
+             f"data is {data.shape} in {data.label_dim}: see --data and --cond")
     if isinstance(teacher, nn.Module):
         teacher.to(pick_device(cfg)).requires_grad_(False)
     with fork_rng(pick_device(cfg)):                    # the caller's random numbers stay the same
@@ -1285,30 +1263,30 @@ def toy_metrics(x, data):
     y = data.sample(len(x))[0]
     out = dict(H=energy_coefficient(x, y))
     if isinstance(data, GaussianMixture):
-        near, k = torch.cdist(x, data.means).min(1)
+        for name, points in dict(in_3std=x, in_3std_data=y).items():
+            near = torch.cdist(points, data.means).min(1).values
+            out[name] = float((near < 3 * data.std).float().mean())
+        k = torch.cdist(x, data.means).argmin(1)
         share = torch.bincount(k, minlength=len(data.means)) / len(x) / data.weights
         share = share[data.weights > 0]
-        out["in_3std"] = float((near < 3 * data.std).float().mean())
-        near = torch.cdist(y, data.means).min(1).values
-        out["in_3std_data"] = float((near < 3 * data.std).float().mean())
         out |= dict(mode_min=float(share.min()), mode_max=float(share.max()))
     return out
 
 
 def to_uint8(x):
     """[-1, 1] to 0..255, rounded as the data was."""
-    return (x * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+    return x if x.dtype == torch.uint8 else (x * 127.5 + 128).clamp(0, 255).to(torch.uint8)
 
 
 @torch.no_grad()
 def inception_features(path, images, device):
     """Features (N, 2048) of uint8 images, on the CPU, by NVIDIA's TorchScript Inception network."""
-    size, parts = 250 if device.type == "cuda" else 20, []
+    parts = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                 # TorchScript is the format of this network
         inception = torch.jit.load(path, map_location=device).eval()
-        for i in tqdm(range(0, len(images), size), "inception", leave=False, ncols=79):
-            part = torch.as_tensor(images[i:i + size]).to(device).expand(-1, 3, -1, -1)
+        for part in tqdm(images.split(64), "inception", leave=False, ncols=79):
+            part = part.to(device).expand(-1, 3, -1, -1)
             parts.append(inception(part, return_features=True).float().cpu())
     return torch.cat(parts)
 
@@ -1319,27 +1297,28 @@ def spread(rows, count):
 
 
 def fid_reference(cfg, data):
-    """(features (n, 2048) of training images, mean and covariance, float64, of them or of EDM's
-    file --fid_ref), the features kept beside the runs. UserError if --fid cannot work: a run asks
-    before any long work."""
+    """(name, features (n, 2048) of training images, mean and covariance, float64, of them or of
+    EDM's file --fid_ref), the features kept beside the runs. UserError if --fid cannot work: a run
+    asks before any long work."""
     given = not (cfg.fid_ref or "2").isdigit()
     with blame(f"--fid {cfg.fid} with --fid_ref {cfg.fid_ref!r} cannot be used"):
         count = min(len(data.images), 10000 if given else int(cfg.fid_ref or len(data.images)))
         need(min(count, cfg.samples) > 3, "at least 4 images and --samples are needed")
-        real, network = spread(data.images, count), Path(cfg.fid).read_bytes()
-        real = real if real.dtype == torch.uint8 else to_uint8(real)
-        key = checksum([count, len(data.images), hashlib.sha256(network).hexdigest()], real[:100])
+        real = to_uint8(spread(data.images, count))
+        network = hashlib.sha256(Path(cfg.fid).read_bytes()).hexdigest()
+        key = checksum([count, len(data.images), network], real[:100])
         path = runs_folder(cfg) / f"fidref-{cfg.data}-{key}.pt"
         if not path.exists():
-            found = inception_features(cfg.fid, real, pick_device(cfg))
-            write_atomically(path, lambda f: torch.save(found, f))
+            save_tensors(path, inception_features(cfg.fid, real, pick_device(cfg)))
         real = load_tensors(path)
+        name = f"train{thousands(count)}"
         mean, cov = real.double().mean(0), real.double().T.cov()
         if given:
             with np.load(cfg.fid_ref) as z:
                 mean, cov = [torch.from_numpy(z[name]).double() for name in ("mu", "sigma")]
+            name = Path(cfg.fid_ref).stem
         need(mean.shape == real[0].shape, "its features are another network's")
-    return real, mean, cov
+    return name, real, mean, cov
 
 
 def frechet_distance(mean1, cov1, mean2, cov2):
@@ -1362,58 +1341,76 @@ def precision_recall(real, fake, k=3):
     return share(fake, real), share(real, fake)
 
 
+def thousands(n):
+    return f"{n // 1000}k" if n % 1000 == 0 else str(n)
+
+
 def fid(cfg, data, draw):
     """FID of draw(n, label) -> x by --samples samples, precision and recall by up to 10,000. Names
     say it all: fid50k_train50k is 50,000 samples against 50,000 training images, spread evenly."""
-    def name(n):
-        return f"{n // 1000}k" if n % 1000 == 0 else str(n)
-
-    (real, *reference), device = fid_reference(cfg, data), pick_device(cfg)
-    x = to_uint8(draw(cfg.samples, draw_label(cfg.samples, data, device)))
-    fake = inception_features(cfg.fid, x, device)
-    distance = frechet_distance(fake.double().mean(0), fake.double().T.cov(), *reference)
-    given = not (cfg.fid_ref or "2").isdigit()
-    against = Path(cfg.fid_ref).stem if given else f"train{name(len(real))}"
-    k = min(len(real), len(fake), 10000)
+    name, real, mean, cov = fid_reference(cfg, data)
+    n, device = cfg.samples, pick_device(cfg)
+    fake = inception_features(cfg.fid, to_uint8(draw(n, draw_label(n, data, device))), device)
+    distance = frechet_distance(fake.double().mean(0), fake.double().T.cov(), mean, cov)
+    k = min(len(real), n, 10000)
     precision, recall = precision_recall(spread(real, k), fake[:k])
-    return {f"fid{name(len(fake))}_{against}": distance, f"precision{name(k)}": precision,
-            f"recall{name(k)}": recall}
+    return {f"fid{thousands(n)}_{name}": distance, f"precision{thousands(k)}": precision,
+            f"recall{thousands(k)}": recall}
 
 
 # ---- 8. a run ------------------------------------------------------------------------------------
 
+ANGLE = "coloured by the angle of its noise"
 COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999"]
 
 
-def save_picture(path, panels, label=None):
-    """Panels {title: samples} side by side as a PNG: points (n, 2) on the first panel's axes,
-    coloured by class if label is given, or grids of images (n, C, H, W)."""
+def draw_panels(path, panels, paint, width=3.2):
+    """A PNG of panels {title: content} side by side, each by paint(axes, title, content)."""
     from matplotlib.figure import Figure                # no pyplot: no global state
-    figure = Figure(figsize=(3.2 * len(panels), 3.4), layout="constrained")
-    reach = 1.25 * float(next(iter(panels.values())).abs().max())
-    for ax, (title, x) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+    figure = Figure(figsize=(width * len(panels), width + 0.2), layout="constrained")
+    for ax, title in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
         ax.set_title(title, fontsize=9)
-        ax.set(aspect="equal", xticks=[], yticks=[])
-        x = x.detach().float().cpu()
-        if x.ndim == 2:
-            classes = torch.zeros(len(x), 1) if label is None else label[:len(x)]
-            color = [COLORS[k % len(COLORS)] for k in classes.argmax(1).tolist()]
-            ax.scatter(x[:, 0], x[:, 1], s=1, alpha=0.4, c=color, linewidths=0, rasterized=True)
-            ax.set(xlim=(-reach, reach), ylim=(-reach, reach))
-        else:
-            n = math.isqrt(len(x))
-            rows = to_uint8(x[:n * n]).view(n, n, *x.shape[1:])
-            grid = rows.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)          # (nH, nW, C)
-            ax.imshow(grid.squeeze(-1).numpy(), cmap="gray", interpolation="nearest")
+        paint(ax, title, panels[title])
     write_atomically(path, lambda f: figure.savefig(f, format="png", dpi=110))
 
 
+def save_picture(path, panels, label=None, z=None, columns=8):
+    """Panels {title: samples} side by side as a PNG: points (n, 2) on the first panel's axes,
+    coloured by class if label is given, or images (n, C, H, W) in so many columns. With the noise z
+    (n, 2) of the last panel, its points once more, coloured by the angle of z."""
+    reach = 1.25 * float(next(iter(panels.values())).abs().max())
+    if z is not None and z.ndim == 2:
+        panels = {**panels, ANGLE: list(panels.values())[-1]}
+
+    def paint(ax, title, x):
+        x = x.detach().float().cpu()
+        ax.set(aspect="equal", xticks=[], yticks=[])
+        if x.ndim == 2:
+            classes = torch.zeros(len(x), 1) if label is None else label[:len(x)]
+            color = dict(c=[COLORS[k % len(COLORS)] for k in classes.argmax(1).tolist()])
+            if title == ANGLE:
+                color = dict(c=torch.atan2(z[:, 1], z[:, 0]).cpu(), cmap="hsv")
+            ax.scatter(x[:, 0], x[:, 1], s=1, alpha=0.4, linewidths=0, **color)
+            ax.set(xlim=(-reach, reach), ylim=(-reach, reach))
+        else:
+            wide = min(columns, len(x))
+            rows = to_uint8(x[:len(x) // wide * wide]).unflatten(0, (-1, wide))
+            grid = rows.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)          # (H, W, C)
+            ax.imshow(grid.squeeze(-1).numpy(), cmap="gray", interpolation="nearest")
+
+    draw_panels(path, panels, paint)
+
+
 def gallery(cfg, data, teacher=None):
-    """(panels, z, label): pictures of data and teacher, latents and labels for the student's."""
+    """(panels, z, label): pictures of data and teacher, latents and labels for the student's; of
+    images with labels eight of a class a row, for up to ten classes."""
     n = 3000 if len(data.shape) == 1 else 64
     with fork_rng(pick_device(cfg)):
         torch.manual_seed(0)
         x, label = data.sample(n)
+        if len(data.shape) > 1 and data.label_dim and isinstance(data, Images):
+            places = [(data.labels == k).nonzero()[:, 0] for k in data.labels.unique()[:10]]
+            x, label = data.take(torch.cat([i[torch.arange(8) % len(i)] for i in places]))
         z, panels = torch.randn_like(x), {f"data: {cfg.data}": x}
         if teacher is not None:
             shown = teacher_samples(cfg, teacher, z, label, cfg.sigma_max)
@@ -1491,14 +1488,10 @@ def write_atomically(path, write):
         part.unlink(missing_ok=True)
 
 
-def write_json(path, facts):
-    write_atomically(path, lambda f: f.write(json.dumps(facts, indent=1).encode()))
-
-
 def read_json(path):
     """The dictionary in a file, {} if there is none."""
     try:
-        return dict(json.loads(path.read_text()))
+        return dict(json.loads(Path(path).read_text()))
     except (OSError, ValueError, TypeError):
         return {}
 
@@ -1510,17 +1503,16 @@ def runs_folder(cfg):
 
 def run_folder(cfg, script):
     """--out, or runs/<script>-<data>[-flag=value]-<seed>, with flags that differ from presets."""
-    if cfg.out:
-        return Path(cfg.out)
-    now, flags = dataclasses.asdict(cfg), ""
-    words = {f.name: now[f.name] for f in dataclasses.fields(cfg) if get_args(f.type)}
-    usual, preset = type(cfg)(data=cfg.data), type(cfg)(data=cfg.data, **words)
-    for name in sorted(now.keys() - {*FREE, "seed", "data"}):
-        if now[name] != getattr(usual if name in words else preset, name):
-            flags += f"-{name}={now[name]}".replace(os.sep, "_")
+    now = dataclasses.asdict(cfg)
+    chosen = [f.name for f in dataclasses.fields(cfg) if get_args(f.type)]
+    plain = type(cfg)(data=cfg.data)
+    usual = vars(type(cfg)(data=cfg.data, **{name: now[name] for name in chosen}))
+    usual |= {name: getattr(plain, name) for name in chosen}
+    names = [name for name in sorted(now.keys() - {*FREE, "seed"}) if now[name] != usual[name]]
+    flags = "".join(f"-{name}={now[name]}" for name in names).replace(os.sep, "_")
     if len(flags) > 40:                                 # lines of output have 80 columns
         flags = f"{flags[:30]}-{checksum(flags)}"
-    return Path("runs") / f"{script}-{cfg.data}{flags}-{cfg.seed}"
+    return Path(cfg.out or f"runs/{script}-{cfg.data}{flags}-{cfg.seed}")
 
 
 def begin(cfg, script):
@@ -1540,16 +1532,17 @@ def begin(cfg, script):
 class Run:
     """The folder of one run: config.json, log.csv, log.png, samples.png, samples.gif, last.pt (all
     that --resume needs), ema.pt (the student), metrics.json. `state` is everything with a
-    state_dict, and tensors; its `ema` is the student. An earlier run without --resume is
-    renamed."""
+    state_dict, and tensors; its `ema` is the student. An earlier run without --resume is renamed.
+    In a loop over steps(): part, samples of one forward pass; progress in [0, 1]; device; log, due,
+    show. After it: report. on_log is called with the numbers of each row of log.csv, a dict."""
 
-    def __init__(self, cfg, script, **state):
+    def __init__(self, cfg, script, on_log=None, **state):
         self.cfg, self.script, self.state, self.rows = cfg, script, state, []
-        self.device = pick_device(cfg)
-        self.dir = run_folder(cfg, script)
-        self.step, self.progress, self.last, self.seconds = 0, 0.0, False, 0.0
-        self.stop, self.shown, self.budget, self.held = 0, -1, 0.0, None
-        self.part = cfg.batch // cfg.accumulate // processes()      # samples of one forward pass
+        self.on_log, self.drawing = on_log, 0.0
+        self.dir, self.device = run_folder(cfg, script), pick_device(cfg)
+        self.part = cfg.batch // cfg.accumulate // processes()
+        self.step, self.progress, self.last, self.shown = 0, 0.0, False, -1
+        self.seconds, self.budget, self.history, self.stop = 0.0, 0.0, [], 0
         for part in state.values():
             if processes() > 1 and isinstance(part, torch.optim.Optimizer):
                 part.register_step_pre_hook(average_gradients)
@@ -1559,18 +1552,22 @@ class Run:
     def open(self):
         if not rank():
             self.lock()
-            earlier = (self.dir / "last.pt").exists()
-            if earlier and not self.cfg.resume:
-                aside = self.dir.with_name(f"{self.dir.name}~{time.strftime('%Y%m%d-%H%M%S')}")
-                self.dir.rename(aside)
-                print(f"the earlier run in {self.dir} is now {aside}")
-            elif self.cfg.resume and not earlier and self.script != "teacher":
-                print(f"nothing to resume in {self.dir}: it begins")
-        if self.cfg.resume and (self.dir / "last.pt").exists():
+        resumed = self.cfg.resume and (self.dir / "last.pt").exists()
+        if resumed:
             self.restore()
+        elif self.cfg.resume and self.script != "teacher":
+            print(f"nothing to resume in {self.dir}: it begins")
+        elif (self.dir / "last.pt").exists() and not rank():
+            aside = f"{self.dir}~{time.strftime('%Y%m%d-%H%M%S')}"
+            self.dir.rename(aside)
+            print(f"the earlier run in {self.dir} is now {aside}")
         if not rank():
-            about = dict(script=self.script, torch=torch.__version__, processes=processes())
-            write_json(self.dir / "config.json", dataclasses.asdict(self.cfg) | about)
+            self.write_json("config", dict(dataclasses.asdict(self.cfg), script=self.script,
+                                           torch=torch.__version__, processes=processes()))
+
+    def write_json(self, name, facts):
+        text = json.dumps(facts, indent=1)
+        write_atomically(self.dir / f"{name}.json", lambda f: f.write(text.encode()))
 
     def lock(self):
         """Keep other processes out of the folder; a second fit of the same teacher waits."""
@@ -1583,24 +1580,26 @@ class Run:
         try:
             fcntl.flock(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            if self.script != "teacher":
-                self.held.close()
-                raise UserError(f"another process works in {self.dir}; wait for it")
+            need(self.script == "teacher", f"another process works in {self.dir}; wait for it")
             print(f"waiting for the process that fits {self.dir}", flush=True)
             fcntl.flock(self.held, fcntl.LOCK_EX)
 
     def steps(self):
         """Yield step numbers to the end of the training. Saves every --every steps, at the end, and
         when Ctrl-C or SIGTERM comes, which then raises KeyboardInterrupt."""
-        threads, before = torch.get_num_threads(), self.catch_signals()
+        cfg, threads, handlers = self.cfg, torch.get_num_threads(), self.catch_signals()
         if len(self.state["ema"].shape) == 1:
             torch.set_num_threads(1)                    # small matrices: a second thread only waits
         if self.step == 0:                              # what has passed went to data and teacher
-            self.budget = max(1.0, 60 * self.cfg.minutes - (time.time() - self.cfg.started))
+            self.budget = max(1.0, 60 * cfg.minutes - (time.time() - cfg.started))
         self.began = time.time() - self.seconds
-        length = f"{self.cfg.minutes} minutes" if self.cfg.minutes else f"{self.cfg.steps} steps"
-        print(f"{self.script} on {self.cfg.data}: {length}, in\n{self.dir}", flush=True)
-        bar = tqdm(total=None if self.cfg.minutes else self.cfg.steps, initial=self.step, ncols=79,
+        length = f"{cfg.minutes:g} minutes" if cfg.minutes else f"{cfg.steps:,} steps"
+        if self.script == "teacher":
+            print(f"first a teacher of {cfg.data}, fitted once: {length}, kept in\n{self.dir}")
+        else:
+            print(f"{self.script} on {cfg.data}: {length}; watch\n{self.dir}/samples.png")
+        first = self.step
+        bar = tqdm(total=None if cfg.minutes else cfg.steps, initial=self.step, ncols=79,
                    desc=self.script, disable=rank() > 0)
         try:
             while not self.last:
@@ -1608,17 +1607,22 @@ class Run:
                 yield self.step
                 bar.update()
                 self.end_step()
+                if self.step == first + 5:
+                    mark = time.time()
+                elif self.step == first + 15 and not rank():
+                    left = (time.time() - mark) / 10 * (cfg.steps - first) + 24 * self.drawing
+                    bar.write(f"{self.script}: about {left:.0f} s")
         finally:
             bar.close()
             torch.set_num_threads(threads)
-            for number, handler in before.items():
+            for number, handler in handlers.items():
                 signal.signal(number, handler)
-            self.seconds = time.time() - self.began
-            if self.held:
+            if hasattr(self, "held"):
                 self.held.close()
 
     def end_step(self):
         self.step += 1
+        self.seconds = time.time() - self.began
         if len(self.rows) >= 50:
             self.flush()
         if self.step % self.cfg.every == 0 or self.last or self.stop:
@@ -1659,7 +1663,7 @@ class Run:
         self.rows.append({name: torch.as_tensor(v).detach() for name, v in values.items()})
 
     def flush(self):
-        """One row of log.csv; UserError at the first value that is not finite."""
+        """A row of log.csv, written whole; UserError at the first value that is not finite."""
         if not self.rows:
             return
         names, first = list(self.rows[0]), self.step - len(self.rows)
@@ -1668,18 +1672,22 @@ class Run:
         for i, k in (~table.isfinite()).nonzero().tolist():
             raise UserError(f"{names[k]} became {table[i, k]} at step {first + i}; the checkpoint "
                             f"before it is kept in {self.dir}; a lower --lr may help")
+        means = [f"{v:.6g}" for v in table.mean(0).tolist()]
+        self.history.append([str(self.step), f"{self.seconds:.2f}", *means])
+        if self.on_log and rank() == 0:
+            self.on_log(dict(step=self.step, **dict(zip(names, table.mean(0).tolist()))))
         if rank() == 0:
-            with open(self.dir / "log.csv", "a", newline="") as f:
-                means = [f"{v:.6g}" for v in table.mean(0).tolist()]
-                head = [["step", "seconds", *names]] if f.tell() == 0 else []
-                row = [self.step, f"{time.time() - self.began:.2f}", *means]
-                csv.writer(f).writerows([*head, row])
+            lines = [",".join(row) for row in [["step", "seconds", *names], *self.history]]
+            write_atomically(self.dir / "log.csv", lambda f: f.write("\n".join(lines).encode()))
 
-    def show(self, panels, label=None):
-        """samples.png, and a frame of samples.gif, from {title: samples}."""
-        path = self.dir / "samples" / f"{self.step + 1:07d}.png"
-        save_picture(path, panels, label)
+    def show(self, panels, label=None, z=None):
+        """samples.png, and a frame of samples.gif, by save_picture."""
+        path, start = self.dir / "samples" / f"{self.step + 1:07d}.png", time.time()
+        save_picture(path, panels, label, z)
         write_atomically(self.dir / "samples.png", lambda f: f.write(path.read_bytes()))
+        self.drawing = time.time() - start
+
+    KEPT = ("step", "last", "progress", "shown", "budget", "seconds", "history")
 
     def save(self):
         """Checkpoint: ema.pt, then last.pt. Refuses weights that are not finite."""
@@ -1687,18 +1695,17 @@ class Run:
         ema = self.state["ema"]
         need(all(p.isfinite().all() for p in ema.parameters()), f"weights are not finite at step "
              f"{self.step}; the checkpoint before it is kept in {self.dir}; a lower --lr may help")
-        names = ("step", "last", "progress", "shown", "budget")
-        saved = {name: getattr(self, name) for name in names} | dict(minutes=self.cfg.minutes)
-        saved |= dict(seconds=time.time() - self.began, rng=[torch.get_rng_state()], log=0)
-        if (self.dir / "log.csv").exists():
-            saved["log"] = os.path.getsize(self.dir / "log.csv")
+        saved = {name: getattr(self, name) for name in self.KEPT} | dict(minutes=self.cfg.minutes)
+        saved["rng"] = [torch.get_rng_state()]
         if self.device.type == "cuda":
             saved["rng"].append(torch.cuda.get_rng_state(self.device))
         saved["state"] = {name: part if torch.is_tensor(part) else part.state_dict()
                           for name, part in self.state.items()}
         if rank() == 0:
             save_denoiser(self.dir / "ema.pt", ema, self.cfg)
-            write_atomically(self.dir / "last.pt", lambda f: torch.save(saved, f))
+            save_tensors(self.dir / "last.pt", saved)
+            if self.history:
+                draw_log(self.dir)
         largest([0])
 
     def restore(self):
@@ -1707,8 +1714,8 @@ class Run:
             for name, part in self.state.items():
                 fill = part.copy_ if torch.is_tensor(part) else part.load_state_dict
                 fill(saved["state"][name])
-        for name in ("step", "last", "progress", "shown", "budget", "seconds"):
-            setattr(self, name, saved[name])
+            for name in self.KEPT:
+                setattr(self, name, saved[name])
         more = 60 * (self.cfg.minutes - saved["minutes"])
         self.budget += more
         self.last = self.last and more <= 0 if self.cfg.minutes else self.step >= self.cfg.steps
@@ -1717,8 +1724,6 @@ class Run:
             torch.set_rng_state(saved["rng"][0])
             for state in saved["rng"][1:]:
                 torch.cuda.set_rng_state(state, self.device)
-        if rank() == 0 and saved["log"]:                # rows after the checkpoint come again
-            os.truncate(self.dir / "log.csv", saved["log"])
 
     def finish(self, metrics):
         """metrics.json, log.png and samples.gif."""
@@ -1726,8 +1731,7 @@ class Run:
             about = dict(steps=self.step, train_seconds=self.seconds, device=str(self.device))
             if self.device.type == "cuda":
                 about["peak_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
-            write_json(self.dir / "metrics.json", metrics | about)
-            draw_log(self.dir)
+            self.write_json("metrics", metrics | about)
             draw_gif(self.dir)
 
     def report(self, data, draw, **more):
@@ -1754,15 +1758,10 @@ class Run:
 
 def draw_log(folder):
     """log.png: each column of log.csv over the steps."""
-    from matplotlib.figure import Figure
-    if (folder / "log.csv").exists():
-        names, *rows = csv.reader((folder / "log.csv").read_text().splitlines())
-        table = np.array(rows, float)
-        figure = Figure(figsize=(3 * (len(names) - 2), 2.4), layout="constrained")
-        for k, ax in enumerate(figure.subplots(1, len(names) - 2, squeeze=False)[0], 2):
-            ax.plot(table[:, 0], table[:, k], color=COLORS[0], linewidth=1)
-            ax.set_title(names[k], fontsize=9)
-        write_atomically(folder / "log.png", lambda f: figure.savefig(f, format="png", dpi=110))
+    names, *rows = [line.split(",") for line in (folder / "log.csv").read_text().splitlines()]
+    step, _, *columns = np.array(rows, float).T
+    draw_panels(folder / "log.png", dict(zip(names[2:], columns)),
+                lambda ax, title, column: ax.plot(step, column, color=COLORS[0], linewidth=1))
 
 
 def draw_gif(folder):

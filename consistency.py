@@ -374,7 +374,7 @@ def draw(n, data):
     return Draw(x, label, torch.randn_like(x), u, torch.rand_like(u))
 
 
-def train(cfg, data=None, teacher=None, student=None):
+def train(cfg, data=None, teacher=None, student=None, on_log=None):
     """Distil as cfg says; what is passed in replaces what flags would load. -> (average, Run)"""
     begin(cfg, "consistency")
     data, teacher, G, judge, disc = set_up(cfg, data, teacher, student)
@@ -388,7 +388,7 @@ def train(cfg, data=None, teacher=None, student=None):
     if cfg.loss == "sprint":
         opt_disc = torch.optim.Adam(disc.parameters(), cfg.lr_disc, betas=(0.0, 0.99), fused=True)
         state |= dict(disc=disc, opt_disc=opt_disc)
-    run = Run(cfg, "consistency", **state)
+    run = Run(cfg, "consistency", on_log, **state)
     panels, z_show, label_show = gallery(cfg, data, teacher)
 
     for step in run.steps():
@@ -425,7 +425,7 @@ def train(cfg, data=None, teacher=None, student=None):
         run.log(**terms)
         if run.due():
             shown = sample(ema, len(z_show), label_show, z_show)
-            run.show({**panels, f"student, network calls: {cfg.nfe}": shown}, label_show)
+            run.show({**panels, f"student, network calls: {cfg.nfe}": shown}, label_show, z_show)
     figures = more_figures(cfg, data, ema, panels, z_show, label_show)
     run.report(data, lambda n, label: sample(ema, n, label), **figures)
     return ema, run

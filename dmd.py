@@ -187,7 +187,7 @@ def add_adapters(denoiser, rank):
 # ---- training ------------------------------------------------------------------------------------
 
 
-def train(cfg, data=None, teacher=None, student=None):
+def train(cfg, data=None, teacher=None, student=None, on_log=None):
     """Distil as cfg says; what is passed in replaces what flags would load. -> (average, Run)"""
     begin(cfg, "dmd")
     need(cfg.steps_student in LATER_LEVELS, "--steps_student is 1, 2 or 4")
@@ -209,10 +209,10 @@ def train(cfg, data=None, teacher=None, student=None):
     opt_fake = torch.optim.Adam([*fake.parameters(), *disc.parameters()], betas=(0.0, 0.99),
                                 fused=True)
     pairs = teacher_pairs(cfg, data, teacher, cfg.pairs) if cfg.variant == "dmd" else None
-    run = Run(cfg, "dmd", G=G, fake=fake, disc=disc, ema=ema, opt_G=opt_G, opt_fake=opt_fake)
+    state = dict(G=G, fake=fake, disc=disc, ema=ema, opt_G=opt_G, opt_fake=opt_fake)
+    run = Run(cfg, "dmd", on_log, **state)
     panels, z_show, label_show = gallery(cfg, data, teacher)
-    # (n, calls, ...): the shown noise, then its rows shifted
-    z_show = torch.stack([z_show.roll(k, 0) for k in range(len(levels))], 1)
+    z_show = torch.stack([z_show.roll(k, 0) for k in range(len(levels))], 1)    # (n, calls, ...)
 
     for step in run.steps():
         set_lr(opt_G, cfg.lr, run.progress)
@@ -221,7 +221,6 @@ def train(cfg, data=None, teacher=None, student=None):
         if not cfg.end_to_end:
             calls = int(torch.randint(calls, ())) + 1
         size = [run.part, calls, *data.shape]   # run.part: samples of one pass, batch / accumulate
-
         # 1. fit the fake score, and the discriminator on its features, to the student's samples
         for _ in range(cfg.fake_updates):
             for _ in range(cfg.accumulate):
@@ -241,7 +240,8 @@ def train(cfg, data=None, teacher=None, student=None):
         run.log(**terms, **critic_terms)                # gap falls while the student learns
         if run.due():
             shown = sample(ema, len(z_show), label_show, z_show)
-            run.show({**panels, f"student, network calls: {len(levels)}": shown}, label_show)
+            panels[f"student, network calls: {len(levels)}"] = shown
+            run.show(panels, label_show, z_show[:, 0])
     run.report(data, lambda n, label: sample(ema, n, label))
     return ema, run
 

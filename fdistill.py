@@ -126,7 +126,7 @@ def make_discriminator(shape):
 # ---- training ------------------------------------------------------------------------------------
 
 
-def train(cfg, data=None, teacher=None, student=None):
+def train(cfg, data=None, teacher=None, student=None, on_log=None):
     """Distil as cfg says; what is passed in replaces what flags would load. -> (average, Run)"""
     begin(cfg, "fdistill")
     need(cfg.ratio_ema < 1, f"--ratio_ema must be less than 1, not {cfg.ratio_ema}")
@@ -140,8 +140,8 @@ def train(cfg, data=None, teacher=None, student=None):
     bin_means = next(disc.parameters()).new_ones(cfg.bins)
     opt_G = torch.optim.Adam(G.parameters(), betas=(0.0, 0.99), fused=True)
     opt_fake = torch.optim.Adam(critic, betas=(0.0, 0.99), fused=True)
-    run = Run(cfg, "fdistill", G=G, fake=fake, disc=disc, ema=ema, opt_G=opt_G, opt_fake=opt_fake,
-              bin_means=bin_means)
+    run = Run(cfg, "fdistill", on_log, G=G, fake=fake, disc=disc, ema=ema, opt_G=opt_G,
+              opt_fake=opt_fake, bin_means=bin_means)
     panels, z_show, label_show = gallery(cfg, data, teacher)
 
     for step in run.steps():
@@ -177,7 +177,7 @@ def train(cfg, data=None, teacher=None, student=None):
         run.log(gap=gap, dm=loss, gan=gan, fake=loss_fake, disc=loss_disc, ratio_std=r.std())
         if run.due():
             shown = sample(ema, len(z_show), label_show, z_show)
-            run.show({**panels, "student, 1 network call": shown}, label_show)
+            run.show({**panels, "student, 1 network call": shown}, label_show, z_show)
     run.report(data, lambda n, label: sample(ema, n, label))
     return ema, run
 

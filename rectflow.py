@@ -156,7 +156,7 @@ def straightness(path):
 # ---- training ------------------------------------------------------------------------------------
 
 
-def train(cfg, data=None, teacher=None, student=None):
+def train(cfg, data=None, teacher=None, student=None, on_log=None):
     """Distil as cfg says; what is passed in replaces what flags would load. -> (average, Run)"""
     taught = bool(cfg.teacher) or teacher is not None
     need(cfg.stage != "flow" or not taught, "--stage flow learns from data: omit --teacher")
@@ -172,7 +172,7 @@ def train(cfg, data=None, teacher=None, student=None):
         if i == 1 and part.stage != "flow":
             teacher = load_teacher(part, data, teacher)
         run = None                                      # frees the optimiser of the stage before
-        ema, run = train_stage(part, data, teacher, student)
+        ema, run = train_stage(part, data, teacher, student, on_log)
         student = copy.deepcopy(ema)
         if part.stage != "anneal":                      # guided takes the pairs that anneal took
             teacher = ema
@@ -192,7 +192,7 @@ def split_stages(cfg, taught):
                     minutes=cfg.minutes / len(names)) for name, folder in zip(names, folders)]
 
 
-def train_stage(cfg, data, teacher, student):
+def train_stage(cfg, data, teacher, student, on_log):
     """One stage: fit a network to straight lines, or to where they end; returns (average, Run)."""
     if student is None and cfg.stage in ("flow", "anneal"):
         student = fresh_network(cfg, data)
@@ -203,7 +203,7 @@ def train_stage(cfg, data, teacher, student):
     guide = copy.deepcopy(ema) if cfg.stage == "guided" else None       # the flow it starts from
     opt = torch.optim.Adam(G.parameters(), betas=(0.9, 0.99), fused=True)
     pairs = None if cfg.stage == "flow" else teacher_pairs(cfg, data, teacher, cfg.pairs)
-    run = Run(cfg, "rectflow", G=G, ema=ema, opt=opt)
+    run = Run(cfg, "rectflow", on_log, G=G, ema=ema, opt=opt)
     panels, z_show, label_show = gallery(cfg, data, teacher)
     calls = min(len(G.levels), 20)                      # pictures by 100 cost more than training
     kind = "l2" if pairs is None else cfg.distance
@@ -228,7 +228,7 @@ def train_stage(cfg, data, teacher, student):
         run.log(**terms)
         if run.due():
             shown = sample(ema, len(z_show), label_show, z_show, calls)
-            run.show({**panels, f"{cfg.stage}, network calls: {calls}": shown}, label_show)
+            run.show({**panels, f"{cfg.stage}, network calls: {calls}": shown}, label_show, z_show)
     figures = {} if cfg.stage in ONE_STEP else compare(run, data, teacher, ema, z_show, label_show)
     run.report(data, lambda n, label: sample(ema, n, label), **figures)
     return ema, run
@@ -292,8 +292,8 @@ def draw_trajectories(file, paths):
     """{title: states (K + 1, B, ...)} as lines from noise to samples; of images, rows of states."""
     if paths["after"].ndim > 3:
         k = torch.linspace(0, FINE, min(8, paths["after"].shape[1])).long()
-        return save_picture(file, {title: p[k, :len(k)].transpose(0, 1).flatten(0, 1)
-                                   for title, p in paths.items()})
+        rows = {title: p[k, :len(k)].transpose(0, 1).flatten(0, 1) for title, p in paths.items()}
+        return save_picture(file, rows, columns=len(k))
     from matplotlib.figure import Figure
     figure = Figure(figsize=(4.2 * len(paths), 4.4), layout="constrained")
     for ax, (title, p) in zip(figure.subplots(1, len(paths), squeeze=False)[0], paths.items()):

@@ -102,7 +102,7 @@ def sim_loss(x, d_real, d_fake, kind, c, alpha):
 # ---- training ------------------------------------------------------------------------------------
 
 
-def train(cfg, data=None, teacher=None, student=None):
+def train(cfg, data=None, teacher=None, student=None, on_log=None):
     """Distil as cfg says; what is passed in replaces what flags would load. -> (average, Run)"""
     begin(cfg, "sim")
     need(cfg.c > 0 and 0 < cfg.u_max <= 1, "--c must be greater than 0, --u_max in (0, 1]")
@@ -113,7 +113,7 @@ def train(cfg, data=None, teacher=None, student=None):
     ema = copy.deepcopy(G).eval().requires_grad_(False)
     opt_G = torch.optim.Adam(G.parameters(), betas=(0.0, 0.99), fused=True)
     opt_fake = torch.optim.Adam(fake.parameters(), betas=(0.0, 0.99), fused=True)
-    run = Run(cfg, "sim", G=G, fake=fake, ema=ema, opt_G=opt_G, opt_fake=opt_fake)
+    run = Run(cfg, "sim", on_log, G=G, fake=fake, ema=ema, opt_G=opt_G, opt_fake=opt_fake)
     panels, z_show, label_show = gallery(cfg, data, teacher)
 
     for step in run.steps():
@@ -151,7 +151,7 @@ def train(cfg, data=None, teacher=None, student=None):
         run.log(gap=gap, sim=loss, fake=loss_fake)
         if run.due():
             shown = sample(ema, len(z_show), label_show, z_show)
-            run.show({**panels, "student, 1 network call": shown}, label_show)
+            run.show({**panels, "student, 1 network call": shown}, label_show, z_show)
     run.report(data, lambda n, label: sample(ema, n, label))
     return ema, run
 

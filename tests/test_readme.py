@@ -83,7 +83,7 @@ def test_words():
 if __name__ == "__main__":
     build_world()
     torch.set_num_threads(1)
-    common.Run.show = lambda self, panels, label=None: None
+    common.Run.show = lambda self, *given: None
     for script, rest in [("fdistill", " --out runs/fdistill-ring-0"), *COMMANDS]:
         args = shlex.split(rest, comments=True)
         if any(arg.endswith(".pkl") for arg in args):

@@ -249,6 +249,55 @@ def test_full_memory(monkeypatch):
         main_in_process(fdistill)
 
 
+# ---- what a user sees ----
+
+
+def test_on_log_and_pictures(monkeypatch):
+    """on_log gets the numbers of log.csv, every 50 steps; a picture is due 24 times and last."""
+    shown, logged = [], []
+    monkeypatch.setattr(common.Run, "show", lambda run, *given: shown.append((run.step, *given)))
+    monkeypatch.setattr(fdistill, "gallery", lambda *_: ({}, torch.randn(2, 2), None))
+    cfg = fdistill.Config(steps=100, batch=16, teacher_steps=2, samples=64, out="run")
+    fdistill.train(cfg, on_log=logged.append)
+    assert [row["step"] for row in logged] == [50, 100]
+    for row, line in zip(logged, log_rows(Path("run"))):
+        values = [float(v) for v in line.split(",")[2:]]
+        assert values == pytest.approx(list(row.values())[1:], rel=1e-5)
+    assert len(shown) == 25 and shown[0][0] == 0 and shown[-1][0] == 99
+
+
+def test_pictures(monkeypatch):
+    """Points once more by the angle of their noise; images with one class a row, not more than 10."""
+    drawn = []
+    monkeypatch.setattr(common, "draw_panels", lambda path, panels, paint: drawn.append(panels))
+    x, z = torch.randn(2, 30, 2)
+    common.save_picture("a.png", dict(data=x, student=2 * x), None, z)
+    assert list(drawn[0]) == ["data", "student", common.ANGLE]
+    assert torch.equal(drawn[0][common.ANGLE], 2 * x)
+    k = torch.randint(12, (500,))
+    data = common.Images((9 + k).to(torch.uint8).view(-1, 1, 1, 1).expand(500, 1, 4, 4), k)
+    panels, z, label = common.gallery(fdistill.Config(data="mnist"), data)
+    assert label.argmax(1).tolist() == [i // 8 for i in range(80)] and z.shape == (80, 1, 4, 4)
+    shades = common.to_uint8(panels["data: mnist"])[:, 0, 0, 0]
+    assert shades.tolist() == [9 + i // 8 for i in range(80)]
+
+
+def test_compare(monkeypatch, no_pictures, capsys):
+    """The table has a row for the teacher and each entry; what cannot work is refused at once."""
+    import compare
+    monkeypatch.setattr(fdistill, "PRESETS", dict(ring=dict(teacher_steps=2, batch=16)))
+    monkeypatch.setattr(fdistill, "gallery", lambda *_: ({}, torch.randn(2, 2), None))
+    entries = [f"fdistill:divergence={name},steps=2,minutes=0" for name in ("js", "fkl")]
+    with pytest.raises(common.UserError, match="did you mean"):
+        compare.main([*entries, "fdistill:divergance=fkl"])
+    flags = "--data ring --minutes 0.01 --seeds 2 --samples 64".split()
+    compare.main([*entries, *flags])
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:-1]]
+    assert [row[0] for row in rows] == ["| teacher", *[f"| {entry}" for entry in entries]]
+    assert all(len(row) == 6 for row in rows) and rows[1][1].count(",") == 1
+    assert Path("runs/compare-ring/compare.png").exists()
+
+
 # ---- several processes ----
 
 WORK = """

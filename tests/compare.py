@@ -1,0 +1,178 @@
+"""
+The five scripts side by side: one teacher, equal time, one thread, three seeds; a table in Markdown
+and a picture.
+
+    python tests/compare.py --data moons --minutes 1
+    python tests/compare.py fdistill fdistill:divergence=fkl consistency:loss=scd --data ring
+    python tests/compare.py --data mnist --data_dir data --minutes 5 --seeds 1
+    python tests/compare.py --data ring --peers         # beside torchcfm and flow_matching (PyPI)
+"""
+import argparse
+import contextlib
+import importlib
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common
+from common import MLP, energy_coefficient, in_parts, save_picture, toy_metrics
+
+SCRIPTS = ["fdistill", "dmd", "sim", "consistency", "rectflow"]
+PEERS = ["torchcfm", "flow_matching"]
+
+
+def settings(entry, given, **more):
+    """(module, its Config) of an entry such as "consistency:loss=scd,nfe=2"."""
+    name, _, flags = entry.partition(":")
+    common.need(name in SCRIPTS, f"{name!r} is none of {', '.join(SCRIPTS)}")
+    flags = dict(flag.split("=", 1) for flag in flags.split(",") if flag)
+    module = importlib.import_module(name)
+    return module, module.Config(data=given.data, data_dir=given.data_dir, **(more | flags))
+
+
+def count(network):
+    return sum(p.numel() for p in network.parameters())
+
+
+def measure(draw, data, n):
+    """Figures of n samples draw(n, label), by default 20,000 of a toy or 2,000 images, and some of
+    them to show."""
+    toy = len(data.shape) == 1
+    n = n or (20000 if toy else 2000)
+    torch.manual_seed(10**6)
+    x = draw(n, common.draw_label(n, data))
+    if toy:
+        found = toy_metrics(x, data)
+        return dict(H=found["H"], inside=found.get("in_3std", math.nan)), x[:3000]
+    return dict(H=energy_coefficient(x, data.sample(n)[0]), inside=math.nan), x[:64]
+
+
+def run_teacher(given, data):
+    """The teacher that all are to distil, kept in --out/teacher.pt: as run_script."""
+    cfg, start = settings("fdistill", given, out=f"{given.out}/teacher")[1], time.time()
+    cfg.started = start
+    teacher = common.load_teacher(cfg, data)
+    seconds = time.time() - start
+    common.save_denoiser(f"{given.out}/teacher.pt", teacher, cfg)
+
+    def solve(n, label):
+        z = torch.randn(n, *data.shape)
+        return common.teacher_samples(cfg, teacher, z, label, cfg.sigma_max)
+
+    found, x = measure(solve, data, given.samples)
+    return found | dict(seconds=seconds, parameters=count(teacher), calls=35), x
+
+
+def run_script(entry, given, data, seed):
+    """One run of a script: its figures, and samples to show."""
+    module, cfg = settings(entry, given, teacher=f"{given.out}/teacher.pt", minutes=given.minutes,
+                           seed=seed, out=f"{given.out}/{entry.replace(':', '-')}-{seed}")
+    student, run = module.train(cfg, data)
+    found, x = measure(lambda n, label: module.sample(student, n, label), data, given.samples)
+    calls = len(student.levels)
+    return found | dict(seconds=run.seconds, parameters=count(student), calls=calls), x
+
+
+def run_peer(peer, given, data, seed):
+    """The same for a flow of torchcfm (minibatch optimal transport) or flow_matching (straight
+    paths), trained by their code with our MLP: by one call, as they offer no distillation."""
+    torch.manual_seed(seed)
+    net, start = common.Denoiser(MLP(data.shape[0])), time.time()
+    opt = torch.optim.Adam(net.parameters(), lr=2e-3)
+
+    def velocity(t, x):
+        return net.net.decode(*net.net.encode(x, t, None, None))
+
+    if peer == "torchcfm":
+        from torchcfm.conditional_flow_matching import ExactOptimalTransportConditionalFlowMatcher
+        matcher = ExactOptimalTransportConditionalFlowMatcher(sigma=0.0)
+    else:
+        from flow_matching.path import AffineProbPath
+        from flow_matching.path.scheduler import CondOTScheduler
+        matcher = AffineProbPath(scheduler=CondOTScheduler())
+    while time.time() - start < 60 * given.minutes:
+        common.set_lr(opt, 2e-3, (time.time() - start) / 60 / given.minutes)
+        x = data.sample(512)[0]
+        z = torch.randn_like(x)
+        if peer == "torchcfm":
+            t, x_t, slope = matcher.sample_location_and_conditional_flow(z, x)
+        else:
+            point = matcher.sample(x_0=z, x_1=x, t=torch.rand(len(x)))
+            t, x_t, slope = point.t, point.x_t, point.dx_t
+        (velocity(t, x_t) - slope).square().mean().backward()
+        opt.step()
+        opt.zero_grad()
+
+    @torch.no_grad()
+    def euler(z, label):
+        return z + velocity(torch.zeros(len(z)), z)
+
+    seconds = time.time() - start
+    found, x = measure(lambda n, label: in_parts(euler, torch.randn(n, *data.shape), None), data,
+                       given.samples)
+    return found | dict(seconds=seconds, parameters=count(net), calls=1), x
+
+
+def row(name, runs):
+    """A line of the table: every seed's H and share, the others' mean."""
+    cells = [name, ", ".join(f"{run['H']:.5f}" for run in runs)]
+    cells.append(", ".join(f"{run['inside']:.3f}" for run in runs).replace("nan", "-"))
+    for key in ("seconds", "parameters", "calls"):
+        cells.append(f"{sum(run[key] for run in runs) / len(runs):,.0f}")
+    return f"| {' | '.join(cells)} |"
+
+
+def read_flags(argv):
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("entries", nargs="*", default=SCRIPTS, help="script[:flag=value,...]")
+    parser.add_argument("--data", default="moons")
+    parser.add_argument("--data_dir", default="data")
+    parser.add_argument("--minutes", type=float, default=1.0, help="training of each student")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--samples", type=int, help="by default 20,000 of toys, 2,000 images")
+    parser.add_argument("--out", help="folder, by default runs/compare-DATA")
+    parser.add_argument("--peers", action="store_true", help="also torchcfm and flow_matching")
+    given = parser.parse_args(argv)
+    given.out = given.out or f"runs/compare-{given.data}"
+    return given
+
+
+def main(argv=None):
+    given = read_flags(argv)
+    for entry in given.entries:
+        settings(entry, given)                          # refuse what cannot work before any work
+    torch.set_num_threads(1)
+    Path(given.out).mkdir(parents=True, exist_ok=True)
+    lines = ["| method | H, each seed | share within 3 std | seconds | parameters | calls |",
+             "|---|---|---|---|---|---|"]
+    print(*lines, sep="\n")
+    with open(f"{given.out}/log.txt", "a") as log:      # of the runs' own lines and bars
+        with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+            data = common.load_data(settings("fdistill", given)[1])
+            found, x = run_teacher(given, data)
+        panels = {f"data: {given.data}": data.sample(len(x))[0], "teacher": x}
+        lines.append(row("teacher", [found]))
+        print(lines[-1], flush=True)
+        for entry in [*given.entries, *(PEERS if given.peers else [])]:
+            run_one = run_peer if entry in PEERS else run_script
+            with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+                runs = [run_one(entry, given, data, seed) for seed in range(given.seeds)]
+            panels[entry] = runs[0][1]
+            lines.append(row(entry, [found for found, _ in runs]))
+            print(lines[-1], flush=True)
+    save_picture(f"{given.out}/compare.png", panels)
+    Path(f"{given.out}/compare.md").write_text("\n".join(lines) + "\n")
+    print(f"{given.out}/compare.png")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except common.UserError as e:
+        print(f"compare.py: {e}", file=sys.stderr)
+        sys.exit(2)
