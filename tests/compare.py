@@ -70,7 +70,8 @@ def run_teacher(given, data):
 def run_script(entry, given, data, seed):
     """One run of a script: its figures, and samples to show."""
     module, cfg = settings(entry, given, teacher=f"{given.out}/teacher.pt", minutes=given.minutes,
-                           seed=seed, out=f"{given.out}/{entry.replace(':', '-')}-{seed}")
+                           seed=seed, samples=64,       # measured below
+                           out=f"{given.out}/{entry.replace(':', '-')}-{seed}")
     student, run = module.train(cfg, data)
     found, x = measure(lambda n, label: module.sample(student, n, label), data, given.samples)
     calls = len(student.levels)
