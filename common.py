@@ -1139,11 +1139,13 @@ def fit_teacher(cfg, data, exact=None):
         sigma = karras(uniform(x), cfg.sigma_min, cfg.sigma_max)
         answers = None if exact is None else exact(x + sigma, sigma, label)
         folder = runs_folder(cfg) / f"teacher-{cfg.data}-{checksum(same, x, label, answers)}"
+        folder = Path(getattr(cfg, "fitted", None) or folder)
         fit = Shared(**same, out=str(folder), resume=True, device=cfg.device, compile=cfg.compile,
                      recompute=cfg.recompute)
         done, = largest([(folder / "metrics.json").exists()])
         if not done:
             train_teacher(fit, data, exact)
+    cfg.fitted = str(folder)
     return load_denoiser(folder, cfg)
 
 
@@ -1521,6 +1523,7 @@ def begin(cfg, script):
     cfg.started, folder = time.time(), run_folder(cfg, script)
     torch.manual_seed(cfg.seed)
     old = read_json(folder / "config.json")
+    cfg.fitted = old.get("fitted") if cfg.resume else None      # its teacher, whatever --minutes is
     need(old.get("script") == script or not folder.exists(),
          f"{folder} exists and is no run's folder of {script}; choose another --out")
     free = (*FREE, "steps", "minutes") if cfg.resume else FREE
@@ -1562,8 +1565,9 @@ class Run:
             self.dir.rename(aside)
             print(f"the earlier run in {self.dir} is now {aside}")
         if not rank():
-            self.write_json("config", dict(dataclasses.asdict(self.cfg), script=self.script,
-                                           torch=torch.__version__, processes=processes()))
+            about = dict(script=self.script, torch=torch.__version__, processes=processes())
+            about["fitted"] = getattr(self.cfg, "fitted", None)
+            self.write_json("config", dataclasses.asdict(self.cfg) | about)
 
     def write_json(self, name, facts):
         text = json.dumps(facts, indent=1)

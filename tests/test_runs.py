@@ -232,7 +232,11 @@ def test_minutes(monkeypatch, no_pictures):
     first = fdistill.train(fdistill.Config(**flags, out="runs/a"))[1]
     second_run = fdistill.train(fdistill.Config(**flags, out="runs/b"))[1]
     assert abs(first.step - 10) <= 1 and abs(second_run.step - 20) <= 1     # a tie of floats
-    assert common.read_json(next(Path("runs").glob("teacher-*")) / "metrics.json")["steps"] == 10
+    teacher, = Path("runs").glob("teacher-*")
+    assert common.read_json(teacher / "metrics.json")["steps"] == 10
+    flags |= dict(minutes=2 / 3, resume=True)
+    longer = fdistill.train(fdistill.Config(**flags, out="runs/b"))[1]     # with the same teacher
+    assert abs(longer.step - 40) <= 1 and len(list(Path("runs").glob("teacher-*"))) == 1
 
 
 def test_full_memory(monkeypatch):
