@@ -849,6 +849,8 @@ def place(network, cfg):
     network.to(pick_device(cfg))
     if isinstance(network, Denoiser) and len(network.shape) == 3:
         network.net.recompute = cfg.recompute
+        for block in network.net.modules():
+            block.dropout = getattr(cfg, "dropout", 0.0)
         if pick_device(cfg).type == "cuda":
             network.to(memory_format=torch.channels_last)
     if cfg.compile:

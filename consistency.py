@@ -38,6 +38,7 @@ scratch. r is uniform below t (paper: the lower of two draws); embedded is r, no
 one GPU, a day, no augmentation but flips (papers: 10,000 to 800,000 updates of 128 to 4096).
 """
 import copy
+import inspect
 import math
 import warnings
 from collections import namedtuple
@@ -50,9 +51,9 @@ import torch.nn.functional as F
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
-from common import (Block, Denoiser, Run, Shared, begin, build, denoising_loss, draw_label,
-                    energy_coefficient, gallery, in_parts, initial_student, karras_sigmas, level,
-                    load_data, load_teacher, main, need, set_lr, update_ema)
+from common import (Denoiser, Run, Shared, begin, build, denoising_loss, draw_label,
+                    energy_coefficient, fork_rng, gallery, in_parts, initial_student, karras_sigmas,
+                    level, load_data, load_teacher, main, need, set_lr, update_ema)
 
 
 @dataclass(init=False)
@@ -130,11 +131,6 @@ PRESETS = {
 Draw = namedtuple("Draw", "x label eps u w")    # eps normal (B, ...), u and w uniform (B, 1, ...)
 
 
-def same_dropout(x):
-    """Random numbers drawn inside come again after it: two passes get one dropout mask."""
-    return torch.random.fork_rng([x.device] if x.is_cuda else [])
-
-
 def distance(a, b, cfg):
     """Distance (B,): mean square, or sqrt(|a - b|^2 + c^2) - c (iCT, Eq. 8), for c = 0 the norm."""
     y = (a - b).flatten(1)
@@ -187,7 +183,7 @@ def pair_loss(G, minus, teacher, b, cfg, progress):
     levels = dict(cd=cd_levels, ct=ct_levels, ect=ect_levels)[cfg.loss]
     sigma, lower = levels(b.u, cfg, progress)                                       # (B, 1, ...)
     x_t = b.x + sigma * b.eps
-    with torch.no_grad(), same_dropout(x_t):
+    with torch.no_grad(), fork_rng(x_t.device):         # two passes, one dropout mask
         x_lower = b.x + lower * b.eps
         if cfg.loss == "cd":
             x_lower = solver_step(teacher, x_t, sigma, lower, b.label)
@@ -242,7 +238,7 @@ def scm_loss(G, minus, teacher, b, cfg, progress):
     sd = G.sigma_data
     t = torch.arctan(lognormal(b.u, cfg) / sd)                                      # (B, 1, ...)
     x_t = t.cos() * b.x + t.sin() * sd * b.eps
-    with torch.no_grad(), same_dropout(x_t):
+    with torch.no_grad(), fork_rng(x_t.device):         # two passes, one dropout mask
         slope = t.cos() * sd * b.eps - t.sin() * b.x
         if cfg.loss != "sct":
             slope = sd * trigflow(teacher, x_t, t, b.label, sd)
@@ -265,7 +261,7 @@ def ctm_loss(G, minus, teacher, b, cfg, progress):
     i = (b.u * cfg.N).long()
     t, lower, s = grid[i], grid[i + 1], grid[i + 1 + (b.w * (cfg.N - i)).long()]    # (B, 1, ...)
     x_t, zero, one = b.x + t * b.eps, torch.zeros_like(t), torch.ones_like(t)
-    with torch.no_grad(), same_dropout(x_t):
+    with torch.no_grad(), fork_rng(x_t.device):         # two passes, one dropout mask
         x_lower = solver_step(teacher, x_t, t, lower, b.label)
         x_s = jump(minus, x_lower, lower, s, b.label, s / lower.clamp(min=1e-6))
         target = minus(x_s, s, b.label, zero)
@@ -284,7 +280,7 @@ def meanflow_loss(G, minus, teacher, b, cfg, progress):
     def mean_velocity(D, z, t):
         return (z - D(z / (1 - t), t / (1 - t), b.label, r)) / t
 
-    with torch.no_grad(), same_dropout(z):
+    with torch.no_grad(), fork_rng(z.device):
         v = b.eps - b.x
         if cfg.velocity == "teacher":
             v = (z - teacher(z / (1 - t), sigma, b.label)) / t
@@ -340,6 +336,16 @@ def check_flags(cfg, scratch, teacher):
          "to be the same in two passes: add --dropout 0 or omit --compile")
 
 
+def check_student(G, cfg, data):
+    """Raise UserError for a network of one's own that these losses cannot train."""
+    x = torch.randn(2, *data.shape, device=next(G.parameters()).device)
+    more = [level(x, 0)] if cfg.loss in SECOND else []
+    need(len(inspect.signature(G.forward).parameters) > 2 + len(more), f"--loss {cfg.loss} calls "
+         f"student(x_t, sigma, label{', second' if more else ''}), and yours takes less")
+    same = torch.allclose(G(x, level(x, 0), draw_label(2, data, x.device), *more), x, atol=1e-3)
+    need(same, "a consistency function is x_t at sigma 0, and your student is not")
+
+
 def set_up(cfg, data, teacher, student):
     """(data, teacher or None, student, judge, disc), the last two for sprint."""
     scratch = cfg.loss == "ct" or cfg.velocity == "data"
@@ -355,9 +361,8 @@ def set_up(cfg, data, teacher, student):
         net = type(G.net)(**G.net.spec | dict(second=True))
         net.load_state_dict(G.net.state_dict(), strict=False)           # map_second starts at zero
         G = initial_student(cfg, data, student=Denoiser(net, G.sigma_data, G.dtype))
-    for module in G.modules():
-        if isinstance(module, Block):
-            module.dropout = cfg.dropout
+    if not isinstance(G, Denoiser):
+        check_student(G, cfg, data)
     G.levels, G.config = levels, asdict(cfg)
     judge, disc = teacher, nn.Identity()
     if cfg.loss == "sprint":
