@@ -25,17 +25,16 @@ ctm, meanflow: Phi(x_t, t, s) = s/t x_t + (1 - s/t) G(x_t, t, label, second), wh
 Differences from papers and code: 1. The boundary is at sigma 0 (as in ECT); CM shifts it to
 sigma_min. The teacher's last step, to 0, is Euler's.  2. The lower point sees the student's own
 weights; CM has an EMA of them on ImageNet-64 (0.95), CTM too (0.999).  3. No LPIPS; cd and ctm take
-the squared error.  4. Adam with betas (0.9, 0.99) in place of RAdam; the rate falls to 0 over the
-last half; the EMA warms up, then is constant.  5. sCM: F is read off the denoiser, with EDM's
-c_noise ln(sigma) / 4 for t; no 1 / tan t multiplies the loss again; its weight is a table over 16
-bins of levels.  6. Levels of the law of p_mean and p_std outside sigma_min .. sigma_max go to the
-ends.  7. ImageNet-64: no dropout (ECT and sCT: 0.4 and more at 16x16 and below); ect without
-1/sigma^2 + 1/sigma_data^2, at rate 1e-4 (ECT: 1e-3, falling).  8. sprint: one feature of the
-teacher (Sana: four); sCM's law of levels; one update of the head per student update; none of Sana's
-mismatched pairs.  9. ctm: one solver step, not several; the denoising loss has a fixed weight and
-the jump's levels; no GAN.  10. meanflow distils the teacher's velocity; --velocity data trains from
-scratch. r is uniform below t (paper: the lower of two draws); embedded is r, not t-r.  11. Images:
-one GPU, a day, no augmentation but flips (papers: 10,000 to 800,000 updates of 128 to 4096).
+the squared error.  4. Adam with betas (0.9, 0.99), not RAdam; the rate falls to 0 over the last
+half; the EMA warms up, then is constant.  5. sCM: F is read off the denoiser, with EDM's c_noise
+ln(sigma) / 4 for t; no 1 / tan t again; its weight is a table over 16 bins of levels.  6. Levels
+outside sigma_min .. sigma_max go to the ends.  7. ImageNet-64: no dropout (ECT, sCT: 0.4 and more
+at 16x16 and below); ect without 1/sigma^2 + 1/sigma_data^2, at rate 1e-4 (ECT: 1e-3, falling).  8.
+sprint: one feature of the teacher (Sana: four); sCM's law of levels; one update of the head per
+student update; no mismatched pairs.  9. ctm: one solver step, not several; the denoising loss has a
+fixed weight and the jump's levels; no GAN.  10. meanflow distils the teacher's velocity; --velocity
+data trains from scratch. r is uniform below t (paper: the lower of two draws); embedded is r, not
+t-r.  11. Images: one GPU, a day, only flips (papers: 10,000 to 800,000 updates of 128 to 4096).
 """
 import copy
 import inspect
@@ -194,7 +193,6 @@ def pair_loss(G, minus, teacher, b, cfg, progress):
 
 class TwoPasses(TorchFunctionMode):
     """Forward derivatives by two passes; PyTorch's rule for layers takes a third, for weights."""
-
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is F.group_norm:                    # its rule wants contiguous tensors
             args = (args[0].clone(memory_format=torch.contiguous_format), *args[1:])
@@ -238,7 +236,7 @@ def scm_loss(G, minus, teacher, b, cfg, progress):
     sd = G.sigma_data
     t = torch.arctan(lognormal(b.u, cfg) / sd)                                      # (B, 1, ...)
     x_t = t.cos() * b.x + t.sin() * sd * b.eps
-    with torch.no_grad(), fork_rng(x_t.device):         # two passes, one dropout mask
+    with torch.no_grad(), fork_rng(x_t.device):
         slope = t.cos() * sd * b.eps - t.sin() * b.x
         if cfg.loss != "sct":
             slope = sd * trigflow(teacher, x_t, t, b.label, sd)
@@ -261,7 +259,7 @@ def ctm_loss(G, minus, teacher, b, cfg, progress):
     i = (b.u * cfg.N).long()
     t, lower, s = grid[i], grid[i + 1], grid[i + 1 + (b.w * (cfg.N - i)).long()]    # (B, 1, ...)
     x_t, zero, one = b.x + t * b.eps, torch.zeros_like(t), torch.ones_like(t)
-    with torch.no_grad(), fork_rng(x_t.device):         # two passes, one dropout mask
+    with torch.no_grad(), fork_rng(x_t.device):
         x_lower = solver_step(teacher, x_t, t, lower, b.label)
         x_s = jump(minus, x_lower, lower, s, b.label, s / lower.clamp(min=1e-6))
         target = minus(x_s, s, b.label, zero)
@@ -279,7 +277,6 @@ def meanflow_loss(G, minus, teacher, b, cfg, progress):
 
     def mean_velocity(D, z, t):
         return (z - D(z / (1 - t), t / (1 - t), b.label, r)) / t
-
     with torch.no_grad(), fork_rng(z.device):
         v = b.eps - b.x
         if cfg.velocity == "teacher":
@@ -342,8 +339,8 @@ def check_student(G, cfg, data):
     more = [level(x, 0)] if cfg.loss in SECOND else []
     need(len(inspect.signature(G.forward).parameters) > 2 + len(more), f"--loss {cfg.loss} calls "
          f"student(x_t, sigma, label{', second' if more else ''}), and yours takes less")
-    same = torch.allclose(G(x, level(x, 0), draw_label(2, data, x.device), *more), x, atol=1e-3)
-    need(same, "a consistency function is x_t at sigma 0, and your student is not")
+    out = G(x, level(x, 0), draw_label(2, data, x.device), *more)
+    need(torch.allclose(out, x, atol=1e-3), "a student of consistency must be x_t at sigma 0")
 
 
 def set_up(cfg, data, teacher, student):
@@ -399,7 +396,6 @@ def train(cfg, data=None, teacher=None, student=None, on_log=None):
     for step in run.steps():
         set_lr(opt, cfg.lr, run.progress)
         update_ema(minus, G, 0.0, step)                 # decay 0: minus is G
-
         # 1. sprint: the head learns to tell the student's samples from data
         terms = {}
         if cfg.loss == "sprint":
@@ -477,7 +473,6 @@ def sample(student, n, label=None, z=None, nfe=None, mid=None, gamma=None):
             x = student(x, t, label) if second is None else jump(student, x, t, s, label, second)
             x = x + gamma * low * torch.randn_like(x)
         return x
-
     return in_parts(calls, z, label, most=student.most)
 
 

@@ -379,3 +379,25 @@ def test_bad_input_is_one_sentence_before_anything_is_written(wrong, says):
     with pytest.raises(UserError, match=says):
         train(quick(**wrong))
     assert not list(Path(".").iterdir())
+
+
+class Own(torch.nn.Module):
+    """A network of one's own; `top` 0 makes it x_t at sigma 0."""
+
+    def __init__(self, top):
+        super().__init__()
+        self.top, self.layer = top, torch.nn.Linear(2, 2)
+
+    def forward(self, x_t, sigma, label=None):
+        return x_t + (sigma + self.top) * self.layer(x_t)
+
+
+def test_own_students():
+    """One that is x_t at sigma 0 trains; others are told what a loss asks of them."""
+    def teacher(x_t, sigma, label=None):
+        return x_t / (1 + sigma**2)
+
+    train(quick("cd"), None, teacher, Own(0.0))
+    for loss, top, says in (("cd", 1.0, "x_t at sigma 0"), ("ctm", 0.0, "second")):
+        with pytest.raises(UserError, match=says):
+            train(quick(loss, out=f"run-{loss}-{top}"), None, teacher, Own(top))
