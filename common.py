@@ -1683,8 +1683,8 @@ class Run:
         if self.on_log and rank() == 0:
             self.on_log(dict(step=self.step, **dict(zip(names, table.mean(0).tolist()))))
         if rank() == 0:
-            lines = [",".join(row) for row in [["step", "seconds", *names], *self.history]]
-            write_atomically(self.dir / "log.csv", lambda f: f.write("\n".join(lines).encode()))
+            lines = [",".join(row) + "\n" for row in [["step", "seconds", *names], *self.history]]
+            write_atomically(self.dir / "log.csv", lambda f: f.write("".join(lines).encode()))
 
     def show(self, panels, label=None, z=None):
         """samples.png, and a frame of samples.gif, by save_picture."""
