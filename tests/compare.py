@@ -1,6 +1,6 @@
 """
-The five scripts side by side: one teacher, equal time, one thread, three seeds; a table in Markdown
-and a picture.
+The five scripts side by side: one teacher, equal time, one thread, three seeds; a table in
+Markdown, a picture, and a moving one of seed 0 as it learns.
 
     python tests/compare.py --data moons --minutes 1
     python tests/compare.py fdistill fdistill:divergence=fkl consistency:loss=scd --data ring
@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
@@ -67,12 +68,38 @@ def run_teacher(given, data):
     return found | dict(seconds=seconds, parameters=count(teacher), calls=35), x
 
 
+@contextlib.contextmanager
+def watch(frames):
+    """Inside, runs draw no pictures: what they would show of the student goes to frames."""
+    show = common.Run.show
+    common.Run.show = lambda run, panels, *_: frames.append(list(panels.values())[-1])
+    try:
+        yield
+    finally:
+        common.Run.show = show
+
+
+def draw_frames(folder, panels, frames):
+    """compare.gif, 1,200 pixels wide: data and teacher, and each student as it learned."""
+    pictures, count = [], min(24, max(map(len, frames.values())))
+    for k in range(count):
+        now = {name: seen[k * len(seen) // count] for name, seen in frames.items()}
+        save_picture(f"{folder}/frame.png", panels | now)
+        picture = Image.open(f"{folder}/frame.png").convert("RGB")
+        picture = picture.resize((1200, 1200 * picture.height // picture.width))
+        pictures.append(picture.quantize(16))
+    pictures[0].save(f"{folder}/compare.gif", save_all=True, append_images=pictures[1:],
+                     duration=[150] * (count - 1) + [2000], loop=0)
+    Path(f"{folder}/frame.png").unlink()
+
+
 def run_script(entry, given, data, seed):
     """One run of a script: its figures, and samples to show."""
     module, cfg = settings(entry, given, teacher=f"{given.out}/teacher.pt", minutes=given.minutes,
                            seed=seed, samples=64,       # measured below
                            out=f"{given.out}/{entry.replace(':', '-')}-{seed}")
-    student, run = module.train(cfg, data)
+    with watch(given.frames.setdefault(entry, []) if seed == 0 else []):
+        student, run = module.train(cfg, data)
     found, x = measure(lambda n, label: module.sample(student, n, label), data, given.samples)
     calls = len(student.levels)
     return found | dict(seconds=run.seconds, parameters=count(student), calls=calls), x
@@ -140,6 +167,7 @@ def read_flags(argv):
     parser.add_argument("--peers", action="store_true", help="also torchcfm and flow_matching")
     given = parser.parse_args(argv)
     given.out = given.out or f"runs/compare-{given.data}"
+    given.frames = {}                                   # of each entry's first seed
     return given
 
 
@@ -156,7 +184,8 @@ def main(argv=None):
         with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
             data = common.load_data(settings("fdistill", given)[1])
             found, x = run_teacher(given, data)
-        panels = {f"data: {given.data}": data.sample(len(x))[0], "teacher": x}
+        panels = {f"data: {given.data}": data.sample(len(x))[0], "teacher, 35 calls": x}
+        still = dict(panels)
         lines.append(row("teacher", [found]))
         print(lines[-1], flush=True)
         for entry in [*given.entries, *(PEERS if given.peers else [])]:
@@ -167,8 +196,9 @@ def main(argv=None):
             lines.append(row(entry, [found for found, _ in runs]))
             print(lines[-1], flush=True)
     save_picture(f"{given.out}/compare.png", panels)
+    draw_frames(given.out, still, given.frames)
     Path(f"{given.out}/compare.md").write_text("\n".join(lines) + "\n")
-    print(f"{given.out}/compare.png")
+    print(f"{given.out}/compare.png\n{given.out}/compare.gif")
 
 
 if __name__ == "__main__":

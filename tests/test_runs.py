@@ -296,10 +296,13 @@ def test_compare(monkeypatch, no_pictures, capsys):
         compare.main([*entries, "fdistill:divergance=fkl"])
     flags = "--data ring --minutes 0.01 --seeds 2 --samples 64".split()
     compare.main([*entries, *flags])
-    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:-1]]
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:-2]]
     assert [row[0] for row in rows] == ["| teacher", *[f"| {entry}" for entry in entries]]
     assert all(len(row) == 6 for row in rows) and rows[1][1].count(",") == 1
     assert Path("runs/compare-ring/compare.png").exists()
+    from PIL import Image
+    with Image.open("runs/compare-ring/compare.gif") as moving:
+        assert moving.n_frames >= 2 and moving.width == 1200
 
 
 # ---- several processes ----
