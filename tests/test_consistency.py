@@ -122,6 +122,15 @@ def test_continuous_distillation_is_zero(loss):
     assert value(loss) < 1e-20 and value(loss, scale=WRONG) > 1e-8
 
 
+def test_meanflows_weight():
+    """error / (error + floor)^power, the denominator held fixed; power 0 is the error itself."""
+    b, _ = pairs(3)
+    errors, weighted = [LOSSES["meanflow"](Exact("meanflow", WRONG), Exact("meanflow"), P, b, setting(
+        "meanflow", power=power, floor=0.1), 0.5) for power in (0.0, 0.75)]
+    assert errors.max() > 1e-3
+    torch.testing.assert_close(weighted, errors / (errors + 0.1) ** 0.75)
+
+
 @pytest.mark.parametrize("loss, settings", [
     ("ct", [dict(progress=0.3, s1=40), dict(progress=0.5, s1=40)]),
     ("ect", [dict(q=64.0, stages=1), dict(q=128.0, stages=1)])])

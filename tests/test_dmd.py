@@ -211,6 +211,17 @@ def test_terms_of_the_losses(variant, term, weight):
     torch.testing.assert_close(loss, terms["fake"] + 5 * terms.get("disc", 0))
 
 
+def test_student_loss_heeds_end_to_end():
+    """Its gradient is that of the roll-out that --end_to_end asks for: not the same for two calls."""
+    found = []
+    for end_to_end in (True, False):
+        G, fake, disc = tiny_student(), tiny_student(1), dmd.make_discriminator((16,))
+        cfg, z = quick(steps_student=2, end_to_end=end_to_end, gan_weight=0.0), torch.randn(8, 2, 2)
+        loss, _ = student_loss(G, fake, disc, TOYS["ring"], TOYS["ring"], None, z, cfg)
+        found.append(slope(loss, G.net.out.weight)[0])
+    assert (found[0] - found[1]).abs().max() > 1e-4
+
+
 def test_student_step_leaves_the_critic_alone(monkeypatch):
     """The GAN's term goes back through the fake score and its head without a gradient for them."""
     critic = []
