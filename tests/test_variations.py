@@ -3,7 +3,7 @@ import base64, itertools, json, re, subprocess, sys
 from pathlib import Path
 
 import pytest, torch
-import common, consistency, rectflow
+import common, consistency, dmd, fdistill, rectflow, sim
 
 FOLDER = Path(__file__).resolve().parent.parent / "notebooks" / "variations"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.ipynb"))
@@ -15,7 +15,7 @@ def load(name):
 
 
 def change(name, **names):           # what the second code cell defines
-    names |= vars(common) | dict(consistency=consistency, rectflow=rectflow)
+    names |= vars(common) | dict(consistency=consistency, dmd=dmd, rectflow=rectflow, sim=sim)
     exec(load(name)[1][1], names)
     return names
 
@@ -88,3 +88,69 @@ def test_times():
     for fitness in (lambda k: k != even, sum, lambda k: -sum(k)):
         found = names["search_knots"](fitness, 8, 4)
         assert fitness(found) <= fitness(even) and len(set(found)) == 9
+
+
+def test_drifting():
+    """The Gaussian field is sigma^2 times a difference of scores; transport finds a translation."""
+    names, (x, y) = change("drifting"), torch.randn(2, 200, 2).double()
+    sigma = common.level(x, 0.4)
+    gap = common.GaussianMixture(y).score(x, sigma) - common.GaussianMixture(x).score(x, sigma)
+    assert (names["gaussian_drift"](x, y, 0.4) - sigma**2 * gap).abs().max() < 1e-6
+    points = 9 * torch.cartesian_prod(torch.arange(5.0), torch.arange(5.0))
+    shift = torch.tensor([1.0, 2.0])
+    torch.testing.assert_close(names["partner"](points, points + shift, 0.1), points + shift)
+
+
+def test_pfgmpp():
+    """The noise is Student's t: in two dimensions P(r^2 > q) = (1 + q / D)^(-D / 2)."""
+    noise = change("pfgmpp")["heavy_noise"]
+    for D in (4, 64):
+        r = noise(torch.empty(50_000, 2), D).norm(dim=1)
+        for q in (0.3, 1, 4, 16):
+            assert abs((r**2 > q).double().mean() - (1 + q / D) ** (-D / 2)) < 0.01
+
+
+def test_distilled_decoding():
+    """The flow is rectflow's for the codebook as a mixture, and gives tokens in their shares."""
+    names, codebook, p = change("distilled_decoding", FINE=100), torch.randn(5, 3), torch.rand(5)
+    p, x = p / p.sum(), torch.randn(4000, 3)
+    found = names["token_velocity"](x, 0.6, p.expand(4000, 5), codebook)
+    D = common.GaussianMixture(codebook, weights=p)
+    exact = rectflow.velocity(D, x, common.level(x, 0.6), None, 20.0)
+    torch.testing.assert_close(found, exact, rtol=1e-3, atol=1e-3)
+    share = names["tokens_of"](x, p.expand(4000, 5), codebook).bincount(minlength=5) / 4000
+    assert (share - p).abs().max() < 0.03
+
+
+def test_guidance():
+    """SNOOPI's guided answer is that of the score of p(x | c)^kappa p(x)^(1 - kappa)."""
+    data, (x, label) = common.TOYS["moons"], common.TOYS["moons"].sample(50)
+    x, sigma, kappa = x.requires_grad_(), common.level(x, 0.5), 4 * torch.rand(50, 1)
+    powers = [kappa[:, 0] * data.log_prob(x, sigma, label), data.log_prob(x, sigma)]
+    score = torch.autograd.grad((powers[0] + (1 - kappa[:, 0]) * powers[1]).sum(), x)[0]
+    found = change("snoopi")["guided"](data, x, sigma, label, kappa)
+    torch.testing.assert_close(found, x + sigma**2 * score, rtol=1e-3, atol=1e-4)
+
+
+def test_onemorestep():
+    """From exact psi the first level has the data's mean and spread; from pure noise mean 0."""
+    names, eps, m = change("onemorestep"), torch.randn(50_000, 2), torch.tensor([3.0, -1.0])
+    sigma = names["sigma_of"](0.05)
+    mended = sigma * names["start_of"](eps, None, 0.05, lambda eps, label: -m.expand_as(eps))
+    assert (mended.mean(0) - m).abs().max() < 0.1 and (mended.std(0) - sigma).abs().max() < 0.1
+    assert (sigma * names["start_of"](eps, None, 0.05)).mean(0).abs().max() < 0.1
+
+
+def test_mean_flows():
+    """Improved MeanFlow by the pair's slope, and alpha-Flow for small alpha, are MeanFlow."""
+    def D(x, t, label=None, r=None):
+        return (x.sin() + r * x) / (1 + t)
+
+    (x, eps), (u, w) = torch.randn(2, 99, 2).double(), torch.rand(2, 99, 1).double()
+    b = consistency.Draw(x, None, eps, u, w)
+    cfg = consistency.Config(loss="meanflow", velocity="data", power=0.0)
+    exact = consistency.meanflow_loss(D, D, None, b, cfg, 0)
+    found = change("improved_meanflow")["imf_loss"](D, D, None, b, cfg, 0, own=0.0)
+    torch.testing.assert_close(found, exact)
+    found = change("alphaflow")["alpha_loss"](D, D, None, b, cfg, 0, alpha=1e-5) / 1e-5
+    torch.testing.assert_close(found, exact, rtol=1e-2, atol=1e-3)
