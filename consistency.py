@@ -85,7 +85,7 @@ class Config(Shared):
     dropout: float = 0.0        # dropout in the student (images)
 
 
-SMALL = dict(net="small", teacher_steps=4000, steps=2000, batch=32, lr=5e-4, ema=0.99, N=18,
+SMALL = dict(net="small", teacher_steps=2000, steps=800, batch=32, lr=5e-4, ema=0.99, N=18,
              mid=1.64, p_mean=-0.8, p_std=1.6, sigma_min=0.01, sigma_max=80.0, sigma_init=80.0,
              lr_disc=1e-3, adv=0.5, samples=5000)
 LARGE = dict(flip=True, batch=128, ema=0.9999, sigma_min=0.002, sigma_max=80.0, sigma_init=80.0,
@@ -100,7 +100,7 @@ PRESETS = {
     "ctm": dict(N=18, mid=2.0),
     "meanflow": dict(mid=2.76),
     "meanflow data": dict(lr=5e-4, equal=0.75),
-    "mnist": dict(SMALL, c=0.015, cond=True),
+    "mnist": dict(SMALL, c=0.015, cond=True), "mnist cd": dict(N=8, lr=1e-3),
     "images": dict(SMALL, c=0.03),
     # One GPU, 3 to 6 hours. Rates, levels, dropout, sCM's 10,000 steps of warm-up: the papers'
     "cifar10": dict(LARGE, net="ddpmpp", teacher_steps=100_000, steps=200_000, lr=1e-4, p_mean=-1.0,

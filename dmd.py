@@ -72,9 +72,9 @@ class Config(Shared):
     rank: int = 16              # vsd: rank of the fake score's adapters
 
 
-SMALL = dict(net="small", teacher_steps=4000, steps=2000, batch=32, lr=5e-4, lr_fake=1e-3,
-             fake_updates=1, sigma_min=0.01, sigma_max=80.0, sigma_init=2.5, gan_weight=3e-3,
-             disc_weight=0.1, pairs=5000, ema=0.99, samples=5000)
+SMALL = dict(net="small", teacher_steps=2000, steps=500, batch=32, lr=1e-3, lr_fake=2e-3,
+             fake_updates=1, sigma_min=0.01, sigma_max=80.0, sigma_init=2.5, gan_weight=1e-2,
+             disc_weight=1.0, pairs=5000, ema=0.99, samples=5000)
 LARGE = dict(cond=True, flip=True, disc_weight=1e-2, rank=64, end_to_end=False, ema=0.9995,
              sigma_min=0.002, sigma_max=80.0, sigma_init=80.0, every=1000, samples=50_000)
 PRESETS = {

@@ -63,9 +63,9 @@ class Config(Shared):
     ratio_ema: float = 0.0      # memory of the bins' means; 0: this batch alone
 
 
-SMALL = dict(net="small", teacher_steps=2500, steps=600, batch=32, lr=5e-4, lr_fake=1e-3, ema=0.99,
-             fake_updates=1, gan_weight=3e-3, sigma_min=0.01, sigma_max=80.0, sigma_init=2.5,
-             samples=5000)
+SMALL = dict(net="small", teacher_steps=2000, steps=500, batch=32, lr=1e-3, lr_fake=2e-3, ema=0.99,
+             fake_updates=1, gan_weight=1e-2, disc_weight=1.0, sigma_min=0.01, sigma_max=80.0,
+             sigma_init=2.5, samples=5000)
 LARGE = dict(cond=True, flip=True, ema=0.9995, disc_weight=1e-2, sigma_min=0.002, sigma_max=80.0,
              sigma_init=80.0, every=1000, samples=50_000)
 PRESETS = {

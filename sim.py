@@ -57,7 +57,7 @@ class Config(Shared):
     lr_fake: float = 2e-3       # its learning rate
 
 
-SMALL = dict(net="small", teacher_steps=2500, steps=600, batch=32, lr=5e-4, lr_fake=1e-3,
+SMALL = dict(net="small", teacher_steps=2000, steps=500, batch=32, lr=1e-3, lr_fake=2e-3,
              fake_updates=1, alpha=1.0, sigma_min=0.01, sigma_max=80.0, ema=0.99, samples=5000)
 LARGE = dict(cond=True, flip=True, alpha=1.2, batch=256, fake_updates=1, sigma_min=0.002,
              sigma_max=80.0, every=1000, samples=50_000)
