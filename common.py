@@ -213,8 +213,14 @@ def draw_label(n, source, device=None):
     """n one-hot labels (n, K) in the proportions source.class_weights; None where it has none."""
     if not source.class_weights:
         return None
-    weights = torch.tensor(source.class_weights, device=device)
+    weights = on_device(tuple(source.class_weights), device)
     return F.one_hot(torch.multinomial(weights, n, replacement=True), len(weights)).float()
+
+
+@functools.cache
+def on_device(numbers, device):
+    """Numbers as a tensor that stays on its device: to copy them there anew is to wait for it."""
+    return torch.tensor(numbers, device=device)
 
 
 class GaussianMixture(nn.Module):
@@ -922,7 +928,7 @@ def teacher_samples(cfg, teacher, z, label, sigma_max):
 
 def teacher_pairs(cfg, data, teacher, count):
     """`count` pairs of unit noise z and the end x of the teacher's ODE from there, as (z, label or
-    None, x) on the CPU; 1000 a file beside the runs, so that an interrupted call goes on."""
+    None, x), over a GiB on the CPU; 1000 a file beside the runs: an interrupted call goes on."""
     parts, device = [], pick_device(cfg)
 
     def make(seed, n):
@@ -940,7 +946,9 @@ def teacher_pairs(cfg, data, teacher, count):
                 save_tensors(path, make(i, n))
             parts.append(load_tensors(path))
     z, label, x = zip(*parts)
-    return torch.cat(z), None if label[0] is None else torch.cat(label), torch.cat(x)
+    pairs = [torch.cat(z), None if label[0] is None else torch.cat(label), torch.cat(x)]
+    keep = device if pairs[0].nbytes <= 2**30 else "cpu"
+    return [t if t is None else t.to(keep) for t in pairs]
 
 
 def checksum(facts, *tensors):

@@ -56,7 +56,6 @@ LATER_LEVELS = {1: [], 2: [1.61], 4: [4.08, 1.61, 0.69]}
 @dataclass(init=False)
 class Config(Shared):
     steps: int = 1000
-    batch: int = 512
     lr: float = 2e-3
     ema: float = 0.995
     variant: Literal["dmd2", "dmd", "vsd"] = "dmd2"     # GAN, regression on pairs, or image-free
@@ -87,7 +86,7 @@ PRESETS = {
     # One GPU, hours. DMD2 has no CIFAR-10 settings; f-distill's Table 5 and FastGen: batch 2048,
     # rates 1e-4, 20K student updates with 4 of the critic; DMD: 100,000 pairs
     "cifar10": dict(LARGE, net="ddpmpp", teacher_steps=100_000, steps=40_000, batch=256,
-                    accumulate=2, lr=5e-5, lr_fake=5e-5, gan_weight=1e-3, pairs=100_000),
+                    accumulate=8, lr=5e-5, lr_fake=5e-5, gan_weight=1e-3, pairs=100_000),
     # One GPU, a day; DMD2: 194K steps, every fifth the student's; DMD: 25,000 pairs
     "imagenet64": dict(LARGE, net="adm", steps=15_000, batch=280, accumulate=10, lr=2e-6,
                        lr_fake=2e-6, gan_weight=3e-3, pairs=25_000),
@@ -279,6 +278,7 @@ def student_loss(G, fake, disc, teacher, data, pairs, z, cfg):
     d_real = teacher(x_t.detach(), sigma, label)
     with torch.set_grad_enabled(has_gan(cfg)):          # only the GAN's term goes back through it
         d_fake, feature = fake.with_feature(x_t, sigma, label)
+        d_fake = d_fake.detach()                        # frees half of the graph
     if cfg.variant == "vsd":
         loss = vsd_loss(x, d_real, d_fake, sigma, data.sigma_data).mean()
     else:
@@ -288,7 +288,7 @@ def student_loss(G, fake, disc, teacher, data, pairs, z, cfg):
         terms["gan"] = gan_loss(disc(feature)[:, 0]).mean()
         loss = loss + cfg.gan_weight * terms["gan"]
     if pairs:
-        pick = torch.randint(cfg.pairs, (len(z),))
+        pick = torch.randint(cfg.pairs, (len(z),), device=pairs[0].device)
         z_pair, label_pair, y = [t if t is None else t[pick].to(z.device) for t in pairs]
         x = roll_out(G, z_pair[:, None], label_pair)
         terms["reg"] = regression_loss(x, y, cfg.distance).mean()

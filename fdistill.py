@@ -71,7 +71,7 @@ LARGE = dict(cond=True, flip=True, ema=0.9995, disc_weight=1e-2, sigma_min=0.002
 PRESETS = {
     "mnist": dict(SMALL, cond=True), "images": SMALL,
     "cifar10": dict(LARGE, net="ddpmpp", teacher_steps=100_000, divergence="fkl", gan_weight=1e-3,
-                    steps=40_000, batch=256, accumulate=2, lr=5e-5, lr_fake=5e-5),
+                    steps=40_000, batch=256, accumulate=8, lr=5e-5, lr_fake=5e-5),
     "imagenet64": dict(LARGE, net="adm", ratio_ema=0.5, gan_weight=3e-3, steps=30_000, batch=128,
                        accumulate=8, lr=2e-6, lr_fake=2e-6),
 }
@@ -154,7 +154,7 @@ def train(cfg, data=None, teacher=None, student=None, on_log=None):
                 ((loss_fake + cfg.disc_weight * loss_disc) / cfg.accumulate).backward()
             opt_fake.step()
             opt_fake.zero_grad()
-        # 2. move the student by the weighted difference of scores, and by the GAN
+        # 2. move the student alone (`inputs`) by the weighted difference of scores, and by the GAN
         for _ in range(cfg.accumulate):
             label = draw_label(run.part, data, run.device)
             x = generate(G, torch.randn(run.part, *data.shape, device=run.device), label)
@@ -164,12 +164,12 @@ def train(cfg, data=None, teacher=None, student=None, on_log=None):
             d_real = teacher(x_t.detach(), sigma, label)
             with torch.set_grad_enabled(cfg.gan_weight > 0):    # only the GAN's term needs it
                 d_fake, feature = fake.with_feature(x_t, sigma, label)
+                d_fake = d_fake.detach()        # frees half of the graph: the GAN reads feature
                 logit = disc(feature)[:, 0]                                         # (B,)
             r = balance_ratio(density_ratio(logit), u.flatten(), bin_means, cfg.ratio_ema)
             loss = f_distill_loss(x, d_real, d_fake, r, cfg.divergence).mean()
             gan = gan_loss(logit).mean()
-            total = (loss + cfg.gan_weight * gan) / cfg.accumulate
-            total.backward(inputs=list(G.parameters()))     # leaves the critic's gradients alone
+            ((loss + cfg.gan_weight * gan) / cfg.accumulate).backward(inputs=list(G.parameters()))
         opt_G.step()
         opt_G.zero_grad()
         update_ema(ema, G, cfg.ema, step)

@@ -77,7 +77,7 @@ PRESETS = {
     "images": SMALL,
     # RF's batch, rate and steps of a reflow: 3 hours a stage. Pairs take 2.5 GB of memory
     "cifar10": dict(LARGE, net="ddpmpp", teacher_steps=100_000, steps=300_000, batch=128, lr=2e-4,
-                    pairs=100_000),
+                    accumulate=2, pairs=100_000),
     # RF++'s rate, law and distance: 6 hours a stage (RF++: 700,000 steps of 2048). Pairs take 5 GB
     "imagenet64": dict(LARGE, net="adm", cond=True, steps=50_000, batch=256, accumulate=8, lr=1e-4,
                        t_law="ushape", distance="huber"),
@@ -254,7 +254,7 @@ def draw_lines(cfg, data, pairs, run, levels):
         x, label = data.sample(run.part)
         z = torch.randn_like(x)
     else:
-        i = torch.randint(len(pairs[0]), (run.part,))
+        i = torch.randint(len(pairs[0]), (run.part,), device=pairs[0].device)
         z, label, x = [t if t is None else t[i].to(run.device) for t in pairs]
     if cfg.flip and pairs and x.ndim == 4:              # a pair as one; data has its own
         mirror = uniform(x) < 0.5
@@ -263,7 +263,7 @@ def draw_lines(cfg, data, pairs, run, levels):
     if cfg.stage == "anneal":
         z = anneal(z, run.progress)
     if cfg.stage in ONE_STEP:
-        t = torch.tensor(levels, device=z.device)[(uniform(z) * len(levels)).long()]
+        t = (uniform(z) * len(levels)).floor() / len(levels)            # levels are even times
     else:
         t = draw_t(z, "uniform" if pairs is None else cfg.t_law, 1 / (1 + cfg.sigma_min))
     return z, label, x, t
