@@ -1,29 +1,51 @@
 """
-The notebooks run from top to bottom, and are as small and plain as they should be.
+The notebooks run from top to bottom, their exercises have answers, and they tell the truth.
 
     python tests/test_notebooks.py notebooks/3_sim.ipynb ...    # runs them, stores their outputs
 """
-import base64, importlib.util, io, json, os, re, subprocess, sys
+import base64
+import importlib.util
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
+JUPYTER = mock.MagicMock(version_info=(9, 0))           # stands in for IPython where it is missing
 FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
-NAMES = sorted(path.name for path in FOLDER.glob("*.ipynb"))
+NAMES = sorted(path.stem for path in FOLDER.glob("*.ipynb"))
+METHODS = [name for name in NAMES if "1" <= name[0] <= "5"]
+
+
+def load(name):
+    """(the notebook as JSON, its code cells, all their text)."""
+    book = json.loads((FOLDER / f"{name}.ipynb").read_text())
+    cells = [cell for cell in book["cells"] if cell["cell_type"] == "code"]
+    return book, cells, ["".join(cell["source"]) for cell in cells]
 
 
 def execute(file):
     """Run and store a notebook, pictures in 48 colours; as plain Python if Jupyter is missing."""
     if not all(importlib.util.find_spec(name) for name in ("nbclient", "ipykernel")):
+        sys.modules["IPython"] = sys.modules["IPython.display"] = JUPYTER
         cells = json.loads(file.read_text())["cells"]
         return exec("\n".join("".join(c["source"]) for c in cells if "outputs" in c), {})
-    import nbclient, nbformat
+    import nbclient
+    import nbformat
     from PIL import Image
     book = nbformat.read(file, 4)
     nbclient.NotebookClient(book, timeout=300, record_timing=False, coalesce_streams=True).execute()
     for output in [o for cell in book.cells for o in cell.get("outputs", [])]:
+        print(output.get("text", ""))
         if "image/png" in output.get("data", {}):
-            small, picture = io.BytesIO(), io.BytesIO(base64.b64decode(output.data["image/png"]))
+            picture = io.BytesIO(base64.b64decode(output.data["image/png"]))
+            small = io.BytesIO()
             Image.open(picture).convert("RGB").quantize(48, dither=0).save(small, "png")
             output.data["image/png"] = base64.b64encode(small.getvalue()).decode()
     nbformat.write(book, file)
@@ -32,28 +54,96 @@ def execute(file):
 @pytest.mark.background
 @pytest.mark.parametrize("name", NAMES)
 def test_runs(tmp_path, name):
-    """Every cell, in order, with few updates and a tenth of the samples."""
-    few = re.sub(r"(STEPS|FIT) = \d+", r"\1 = 10", (FOLDER / name).read_text())
-    (tmp_path / name).write_text(few.replace("000", "00"))
+    """Every cell, in order, with few updates and a tenth of the samples; the worked answers of
+    solutions/ in the exercises' cells, which find them right."""
+    book, cells, texts = load(name)
+    parts = re.split(r"^# Exercise (\d)", (FOLDER / f"solutions/{name}.py").read_text(), flags=re.M)
+    for cell, text in zip(cells, texts):
+        number = re.match(r"# Exercise (\d)", text)
+        if number:
+            text = f"#{parts[2 * int(number[1])]}\n" + text.split("\n# Check\n")[1]
+        text = re.sub(r"^(STEPS|FIT) = \d+", r"\1 = 10", text, flags=re.M)
+        text = re.sub(r"^SECONDS = \d+", "SECONDS = 1", text, flags=re.M)
+        cell["source"] = text.replace("000", "00")
+    (tmp_path / f"{name}.ipynb").write_text(json.dumps(book))
     env = dict(os.environ, IPYTHONDIR=str(tmp_path), JUPYTER_RUNTIME_DIR=str(tmp_path),
                OMP_NUM_THREADS="1", MPLBACKEND="agg")
-    p = subprocess.run([sys.executable, __file__, tmp_path / name], cwd=FOLDER, env=env, stderr=-1,
-                       timeout=240)
+    p = subprocess.run([sys.executable, __file__, tmp_path / f"{name}.ipynb"], cwd=FOLDER, env=env,
+                       capture_output=True, text=True, timeout=240)
     assert p.returncode == 0, p.stderr
+    assert p.stdout.count(": right") == len(parts) // 2 and "not yet" not in p.stdout
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_form(name):
-    """At most 12 code cells, run in order, no magics, 200 KB, wide pictures, 2 to 4 exercises."""
-    raw = (FOLDER / name).read_text()
-    cells, pngs = json.loads(raw)["cells"], re.findall(r'"image/png": "([^"\\]+)', raw)
-    code = ["".join(c["source"]) for c in cells if "outputs" in c]
-    assert [c["execution_count"] for c in cells if "outputs" in c] == [*range(1, len(code) + 1)]
-    assert not re.search("^[%!]|^.{101}", "\n".join(code), re.M) and "\nSTEPS = " in code[0]
-    assert len(code) <= 12 and len(raw) <= 200_000 and not re.search('"(error|stderr)"', raw)
+    """At most 17 code cells, run in order, no magics, one thread, wide pictures, 200 KB."""
+    raw = (FOLDER / f"{name}.ipynb").read_text()
+    _, cells, texts = load(name)
+    code = "\n".join(texts)
+    assert [c["execution_count"] for c in cells] == [*range(1, len(cells) + 1)] and len(cells) <= 17
+    assert not re.search("^[%!]|^.{101}", code, re.M) and "torch.set_num_threads(1)" in texts[0]
+    assert len(raw) <= 200_000 and not re.search('"(error|stderr)"', raw)
+    pngs = re.findall(r'"image/png": "([^"\\]+)', raw)
     assert pngs and all(int.from_bytes(base64.b64decode(p)[16:20], "big") >= 900 for p in pngs)
-    assert 2 <= len(re.findall(r'"\d\. ', raw.split("## Exercises")[1])) <= 4
-    assert all((FOLDER / p).exists() for p in re.findall(r"!\[.*?\]\((\S+?)\)", raw))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_course(name):
+    """What to know before and after, how to open it in Colab, pictures that are there, two to four
+    exercises, which wait for an answer in what is stored."""
+    raw = (FOLDER / f"{name}.ipynb").read_text()
+    opening = "".join(load(name)[0]["cells"][0]["source"])
+    for words in ("**Know before:**", "**Know after:**", "**Open in Colab:**"):
+        assert words in opening
+    for path in re.findall(r"!\[.*?\]\((\S+?)\)", raw):
+        assert (FOLDER / path).exists()
+    assert 2 <= raw.count("# Exercise ") == raw.count(": not yet\\n") <= 4
+
+
+def run_here(texts, monkeypatch):
+    """The names that some cells leave, run in this process, without Jupyter."""
+    import matplotlib.pyplot as plt                     # here: execute alone starts without PyTorch
+    for name in ("IPython", "IPython.display"):
+        monkeypatch.setitem(sys.modules, name, JUPYTER)
+    monkeypatch.setattr("common.Run.show", None)        # the cells set it: so it is put back
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    monkeypatch.chdir(FOLDER)
+    names = {}
+    with plt.rc_context():
+        exec("\n".join(texts), names)
+    return names
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_sources(name, monkeypatch):
+    """What a notebook prints of the code is what the code is now."""
+    _, cells, texts = load(name)
+    names = run_here(texts[:1], monkeypatch)
+    for cell, text in zip(cells, texts):
+        printed = "".join("".join(output.get("text", "")) for output in cell["outputs"])
+        for call in re.findall(r"inspect\.getsource\([\w.]+\)", text):
+            assert eval(call, names) in printed, f"{call}: run the notebook again"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_loop(name, monkeypatch, no_pictures):
+    """The loop that a reader sees, at most 30 lines, gives the weights of the script's train after
+    20 steps, to the bit: same seed, data, teacher, start and order of random draws. Both without
+    the script's pictures, for which consistency draws random numbers."""
+    from conftest import flat
+    _, _, texts = load(name)
+    shown = [text for text in texts if re.match("# (helpers|networks|loop)", text)]
+    loop = next(text for text in shown if text.startswith("# loop"))
+    assert len(loop.splitlines()) <= 31 and ".train(" not in loop       # its first line is a name
+    setup = re.sub(r"^(STEPS|FIT) = \d+", r"\1 = 20", texts[0], flags=re.M)
+    names = run_here([setup, *shown], monkeypatch)
+    module = names[name[2:]]
+    monkeypatch.setattr("common.Run.due", lambda self: False)
+    cfg = replace(names["cfg"], samples=64)
+    teacher = names.get("teacher", names.get("flow"))       # in rectflow, the flow is reflow's
+    ema = module.train(cfg, teacher=teacher)[0]
+    start = module.initial_student(cfg, names["data"], teacher)
+    assert flat(ema).equal(flat(names["ema"])) and not flat(ema).equal(flat(start))
 
 
 for path in sys.argv[1:] if __name__ == "__main__" else []:
