@@ -17,8 +17,19 @@ sys.path.insert(0, str(ROOT))
 QUICK = "--steps 2 --teacher_steps 2 --batch 256 --samples 64 --every 2".split()
 
 
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also what .ci/run adds: every notebook")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items if not config.option.slow else []:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.skip(reason="minutes long: asked for by --slow"))
+
+
 def pytest_configure(config):
     """Warnings that our own files cause are errors; PyTorch has announcements of its own."""
+    config.addinivalue_line("markers", "slow: takes minutes; only with --slow")
     config.addinivalue_line("markers", "background: takes processes of its own; runs meanwhile")
     for name in ("common", "fdistill", "dmd", "sim", "consistency", "rectflow"):
         config.addinivalue_line("filterwarnings", f"error:::{name}$")
@@ -30,7 +41,7 @@ def pytest_collection_finish(session):
     session.pool = ThreadPoolExecutor(1)
     session.items.sort(key=lambda item: item.get_closest_marker("background") is not None)
     for item in [] if session.config.option.collectonly else session.items:
-        if item.get_closest_marker("background"):
+        if item.get_closest_marker("background") and not item.get_closest_marker("skip"):
             params = item.callspec.params if hasattr(item, "callspec") else {}
             item.folder = tempfile.TemporaryDirectory(prefix="onestep-")
             item.result = session.pool.submit(item.function, Path(item.folder.name), **params)

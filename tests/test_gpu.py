@@ -191,9 +191,15 @@ def rehearse(gpu, script, flags):
     return dict(seen[1] | seen[2])
 
 
-@pytest.mark.parametrize("script, flags", CASES + IMAGES + LARGE)
+@pytest.mark.parametrize("script, flags", CASES)
 def test_rehearsal(script, flags, gpu):
     """No script mixes devices, and no update of its loop waits for the GPU."""
+    assert rehearse(gpu, script, flags) == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script, flags", IMAGES + LARGE)
+def test_rehearsal_of_image_networks(script, flags, gpu):
     assert rehearse(gpu, script, flags) == {}
 
 
@@ -210,6 +216,7 @@ def test_errors_on_purpose(gpu):
     assert set(+gpu.waits) >= {"copy between devices", "_local_scalar_dense", "index", "tolist"}
 
 
+@pytest.mark.slow
 @pytest.mark.background
 def test_bench_gpu(tmp_path):
     """Its first and last part at tiny size (all take two minutes): rows, and none is an error."""

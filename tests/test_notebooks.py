@@ -51,6 +51,7 @@ def execute(file):
     nbformat.write(book, file)
 
 
+@pytest.mark.slow
 @pytest.mark.background
 @pytest.mark.parametrize("name", NAMES)
 def test_runs(tmp_path, name):

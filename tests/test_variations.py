@@ -20,6 +20,7 @@ def change(name, **names):           # what the second code cell defines
     return names
 
 
+@pytest.mark.slow
 @pytest.mark.background
 def test_runs(tmp_path):
     code = "import matplotlib, os, torch\ntorch.set_num_threads(1)\nmatplotlib.use('agg')\n"
