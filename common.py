@@ -1554,7 +1554,7 @@ class Run:
 
     def __init__(self, cfg, script, on_log=None, **state):
         self.cfg, self.script, self.state, self.rows = cfg, script, state, []
-        self.on_log, self.drawing = on_log, 0.0
+        self.on_log, self.drawing, self.marks = on_log, 0.0, []     # when the steps ended
         self.dir, self.device = run_folder(cfg, script), pick_device(cfg)
         self.part = cfg.batch // cfg.accumulate // processes()
         self.step, self.progress, self.last, self.shown = 0, 0.0, False, -1
@@ -1615,7 +1615,6 @@ class Run:
             print(f"first a teacher of {cfg.data}, fitted once: {length}, kept in\n{self.dir}")
         else:
             print(f"{self.script} on {cfg.data}: {length}; watch\n{self.dir}/samples.png")
-        first = self.step
         bar = tqdm(total=None if cfg.minutes else cfg.steps, initial=self.step, ncols=79,
                    desc=self.script, disable=rank() > 0)
         try:
@@ -1624,11 +1623,7 @@ class Run:
                 yield self.step
                 bar.update()
                 self.end_step()
-                if self.step == first + 5:
-                    mark = time.time()
-                elif self.step == first + 15 and not rank():
-                    left = (time.time() - mark) / 10 * (cfg.steps - first) + 24 * self.drawing
-                    bar.write(f"{self.script}: about {left:.0f} s")
+                self.tell_time(bar)
         finally:
             bar.close()
             torch.set_num_threads(threads)
@@ -1636,6 +1631,15 @@ class Run:
                 signal.signal(number, handler)
             if hasattr(self, "held"):
                 self.held.close()
+
+    def tell_time(self, bar):
+        """After 15 steps, the first five being slow: about how long the rest will take."""
+        if len(self.marks) < 15 and not self.cfg.minutes:
+            self.marks.append(time.time())
+            if len(self.marks) == 15:
+                pace = (self.marks[14] - self.marks[4]) / 10
+                left = pace * (self.cfg.steps - self.step) + 24 * self.drawing
+                bar.write(f"{self.script}: about {left:.0f} s to go")
 
     def end_step(self):
         self.step += 1
