@@ -69,7 +69,13 @@ def fresh(monkeypatch, tmp_path):
 
 @pytest.fixture
 def no_pictures(monkeypatch):
-    """Runs draw nothing: most of a short run's time."""
+    """Runs draw nothing and solve no ODE for a picture: most of a short run's time."""
+    def gallery(cfg, data, teacher=None):
+        with torch.random.fork_rng([]):
+            return {}, torch.randn(2, *data.shape), None
+
+    monkeypatch.setattr("fdistill.gallery", gallery)
+    monkeypatch.setattr("sim.gallery", gallery)
     monkeypatch.setattr("common.Run.show", lambda self, *given: None)
     monkeypatch.setattr("common.draw_log", lambda folder: None)
 

@@ -290,7 +290,6 @@ def test_compare(monkeypatch, no_pictures, capsys):
     """The table has a row for the teacher and each entry; what cannot work is refused at once."""
     import compare
     monkeypatch.setattr(fdistill, "PRESETS", dict(ring=dict(teacher_steps=2, batch=16)))
-    monkeypatch.setattr(fdistill, "gallery", lambda *_: ({}, torch.randn(2, 2), None))
     entries = [f"fdistill:divergence={name},steps=2,minutes=0" for name in ("js", "fkl")]
     with pytest.raises(common.UserError, match="did you mean"):
         compare.main([*entries, "fdistill:divergance=fkl"])
