@@ -25,7 +25,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import energy_coefficient, heun_sample, in_parts, load_data, load_teacher  # noqa: E402
+from common import (energy_coefficient, heun_sample, in_parts, load_data, load_teacher,
+                    save_picture)
 
 
 def read_test(folder):
@@ -79,14 +80,17 @@ def measure(cfg, data, teacher, runs):
     other = test[0][torch.cat([row[i + 1] for row, i in zip(rows, places)])]
     print(f"\nThe classifier reads {accuracy:.2%} of the 10,000 test images rightly.\n")
     print("| samples | as asked | H | sharpness | CPU seconds |\n|---|---|---|---|---|")
+    panels = {}
 
     def line(name, draw):
+        name = str(name)
         torch.manual_seed(0)
         start = time.process_time()
         x = draw().clamp(-1, 1)
         seconds = time.process_time() - start
         share = float((judge(x).argmax(1) == asked).float().mean())
         sharp = roughness(x) / roughness(real)
+        panels[Path(name).name.split("-")[0]] = x.unflatten(0, (10, 200))[:, :8].flatten(0, 1)
         print(f"| {name} | {share:.1%} | {energy_coefficient(x, real):.4f} | {sharp:.2f} | "
               f"{seconds:.1f} |", flush=True)
 
@@ -97,6 +101,8 @@ def measure(cfg, data, teacher, runs):
         student = load_teacher(replace(cfg, teacher=str(folder)), data)
         sample = importlib.import_module(script).sample
         line(folder, lambda: sample(student, len(label), label))
+    save_picture(Path("runs/digits.png"), panels)
+    print("\nruns/digits.png")
 
 
 if __name__ == "__main__":
