@@ -100,6 +100,8 @@ def test_drifting():
     points = 9 * torch.cartesian_prod(torch.arange(5.0), torch.arange(5.0))
     shift = torch.tensor([1.0, 2.0])
     torch.testing.assert_close(names["partner"](points, points + shift, 0.1), points + shift)
+    moved = names["partner"](x, y, 0.5, rounds=500)     # Sinkhorn: each y is used as often
+    torch.testing.assert_close(moved.mean(0), y.mean(0), rtol=0, atol=1e-6)
 
 
 def test_pfgmpp():
