@@ -80,16 +80,16 @@ def watch(frames):
 
 
 def draw_frames(folder, panels, frames):
-    """compare.gif, 1,200 pixels wide: data and teacher, and each student as it learned."""
-    pictures, count = [], min(24, max(map(len, frames.values())))
+    """compare.gif, 1,000 pixels wide, 12 frames: data and teacher, and each student as it learned."""
+    pictures, count = [], min(12, max(map(len, frames.values())))
     for k in range(count):
         now = {name: seen[k * len(seen) // count] for name, seen in frames.items()}
         save_picture(f"{folder}/frame.png", panels | now)
         picture = Image.open(f"{folder}/frame.png").convert("RGB")
-        picture = picture.resize((1200, 1200 * picture.height // picture.width))
+        picture = picture.resize((1000, 1000 * picture.height // picture.width))
         pictures.append(picture.quantize(16))
     pictures[0].save(f"{folder}/compare.gif", save_all=True, append_images=pictures[1:],
-                     duration=[150] * (count - 1) + [2000], loop=0)
+                     duration=[300] * (count - 1) + [2000], loop=0)
     Path(f"{folder}/frame.png").unlink()
 
 

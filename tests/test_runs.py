@@ -301,7 +301,7 @@ def test_compare(monkeypatch, no_pictures, capsys):
     assert Path("runs/compare-ring/compare.png").exists()
     from PIL import Image
     with Image.open("runs/compare-ring/compare.gif") as moving:
-        assert moving.n_frames >= 2 and moving.width == 1200
+        assert moving.n_frames >= 2 and moving.width == 1000
 
 
 # ---- several processes ----
