@@ -18,7 +18,7 @@ a path. Any denoiser has the right form (EDM's c_skip is 1 and c_out 0 at sigma 
 
 ctm, meanflow: Phi(x_t, t, s) = s/t x_t + (1 - s/t) G(x_t, t, label, second), which is s/t, s/(1+s).
 
-    python consistency.py                           # cd, ring: half a minute, H about 0.0006
+    python consistency.py                           # cd, ring: under a minute, H about 0.0006
     python consistency.py --loss scd --nfe 2        # another loss, measured by two network calls
     python consistency.py --data cifar10 --loss ect --teacher edm-cifar10-32x32-uncond-vp.pkl
 

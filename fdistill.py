@@ -11,7 +11,7 @@ s_student comes from a second denoiser, the *fake score*, fitted to the student'
 throughout; r from a small discriminator on its features, with data standing in for the teacher. h =
 1 is reverse KL, that is DMD2; an h that grows with r seeks modes less.
 
-    python fdistill.py                                  # ring of 8 Gaussians: half a minute
+    python fdistill.py                                  # ring of 8 Gaussians: under a minute
     python fdistill.py --data moons --divergence fkl    # forward KL
     python fdistill.py --data cifar10 --dtype bf16 --teacher edm-cifar10-32x32-cond-vp.pkl
 
