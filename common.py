@@ -483,8 +483,8 @@ def read_images(cfg, where, shape=None):
 def folder_classes(names):
     """{name: class number} of the files that are in a sub-folder."""
     folders = {name: name.split("/")[0] for name in names if "/" in name}
-    order = sorted(set(folders.values()))
-    return {name: order.index(folder) for name, folder in folders.items()}
+    number = {folder: i for i, folder in enumerate(sorted(set(folders.values())))}
+    return {name: number[folder] for name, folder in folders.items()}
 
 
 def open_pictures(where):

@@ -17,7 +17,7 @@ throughout; r from a small discriminator on its features, with data standing in 
 
 Differences from paper and code (FastGen): 1. The discriminator reads the fake score's last feature,
 as in DMD2, not the frozen teacher's, at one label and level for data and student; head and fake
-score share an optimiser, the head with weight 0.01 on images (FastGen: its own, 1).  2. Ratio bins
+score share an optimiser, the head with weight --disc_weight (FastGen: its own, 1).  2. Ratio bins
 are equal in count, not in width of sigma; means of r and h are over one process's part of a batch.
 3. The fake score's loss has EDM's weight (official: none).  4. One EMA, warmed up (FastGen: three,
 constant); over the last half the student's rate falls to 0, the critic's to a tenth.  5. Adam with

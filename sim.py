@@ -14,7 +14,7 @@ throughout. Gradients flow through x_t into both networks; only their weights ar
 takes both signs and hovers about 0, so it shows no progress; gap in log.csv, E|d_real - d_fake|^2,
 does. The loop reads no data.
 
-    python sim.py                               # ring of 8 Gaussians: half a minute
+    python sim.py                               # ring of 8 Gaussians
     python sim.py --distance huber --alpha 1    # score implicit matching
     python sim.py --alpha 1.2                   # SiD
     python sim.py --data cifar10 --dtype bf16 --teacher edm-cifar10-32x32-cond-vp.pkl
