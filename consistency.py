@@ -85,21 +85,19 @@ class Config(Shared):
     dropout: float = 0.0        # dropout in the student (images)
 
 
-SMALL = dict(net="small", teacher_steps=2000, steps=800, batch=32, lr=5e-4, ema=0.99, N=18,
-             mid=1.64, p_mean=-0.8, p_std=1.6, sigma_min=0.01, sigma_max=80.0, sigma_init=80.0,
-             lr_disc=1e-3, adv=0.5, samples=5000)
+SMALL = dict(net="small", teacher_steps=2000, steps=800, batch=32, accumulate=1, lr=5e-4, ema=0.99,
+             N=18, mid=1.64, p_mean=-0.8, p_std=1.6, sigma_min=0.01, sigma_max=80.0,
+             sigma_init=80.0, lr_disc=1e-3, adv=0.5, dropout=0.0, warmup=0.2, samples=5000)
 LARGE = dict(flip=True, batch=128, ema=0.9999, sigma_min=0.002, sigma_max=80.0, sigma_init=80.0,
              s1=1280, mid=1.96, adv=0.5, lr_disc=1e-4, every=5000, samples=50_000)
 PRESETS = {
     # mid: where H by two calls was lowest. Normalised tangents do not shrink: lr
     "ct": dict(huber=True, mid=1.0),
     "ect": dict(huber=True),
-    "scd": dict(lr=2e-4, mid=1.0),
-    "sct": dict(lr=2e-4, mid=1.0),
+    "scd": dict(lr=2e-4, mid=1.0), "sct": dict(lr=2e-4, mid=1.0),
     "sprint": dict(lr=2e-4, mid=1.56),
     "ctm": dict(N=18, mid=2.0),
-    "meanflow": dict(mid=2.76),
-    "meanflow data": dict(lr=5e-4, equal=0.75),
+    "meanflow": dict(mid=2.76), "meanflow data": dict(lr=5e-4, equal=0.75),
     "mnist": dict(SMALL, c=0.015, cond=True), "mnist cd": dict(N=8, lr=1e-3),
     "images": dict(SMALL, c=0.03),
     # One GPU, 3 to 6 hours. Rates, levels, dropout, sCM's 10,000 steps of warm-up: the papers'
@@ -121,6 +119,8 @@ PRESETS = {
     "imagenet64 ect": dict(p_mean=-0.8, mid=3.05, lr=1e-4, q=4.0),
     "imagenet64 sprint": dict(mid=1.56, steps=50_000, warmup=0.2),
     "imagenet64 ctm": dict(N=39, lr=4e-4, mid=2.76, steps=50_000),
+    # On a CPU, with --minutes
+    "cifar10 small": dict(SMALL, c=0.03, cond=True), "cifar10 small cd": dict(N=8, lr=1e-3),
 }
 
 # ---- the method ----------------------------------------------------------------------------------

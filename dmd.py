@@ -71,9 +71,9 @@ class Config(Shared):
     rank: int = 16              # vsd: rank of the fake score's adapters
 
 
-SMALL = dict(net="small", teacher_steps=2000, steps=500, batch=32, lr=1e-3, lr_fake=2e-3,
-             fake_updates=1, sigma_min=0.01, sigma_max=80.0, sigma_init=2.5, gan_weight=1e-2,
-             disc_weight=1.0, pairs=5000, ema=0.99, samples=5000)
+SMALL = dict(net="small", teacher_steps=2000, steps=500, batch=32, accumulate=1, lr=1e-3,
+             lr_fake=2e-3, fake_updates=1, sigma_min=0.01, sigma_max=80.0, sigma_init=2.5,
+             gan_weight=1e-2, disc_weight=1.0, pairs=5000, ema=0.99, samples=5000)
 LARGE = dict(cond=True, flip=True, disc_weight=1e-2, rank=64, end_to_end=False, ema=0.9995,
              sigma_min=0.002, sigma_max=80.0, sigma_init=80.0, every=1000, samples=50_000)
 PRESETS = {
@@ -81,8 +81,7 @@ PRESETS = {
     "dmd": dict(fake_updates=1, steps=1400),
     # adapters are slow: with rates of 2e-3 one of three seeds stayed a thin circle (H 0.023)
     "vsd": dict(teacher_steps=2000, fake_updates=1, steps=1400, lr=1e-3, lr_fake=4e-3),
-    "mnist": dict(SMALL, cond=True),
-    "images": SMALL,
+    "mnist": dict(SMALL, cond=True), "images": SMALL,
     # One GPU, hours. DMD2 has no CIFAR-10 settings; f-distill's Table 5 and FastGen: batch 2048,
     # rates 1e-4, 20K student updates with 4 of the critic; DMD: 100,000 pairs
     "cifar10": dict(LARGE, net="ddpmpp", teacher_steps=100_000, steps=40_000, batch=256,
@@ -93,6 +92,7 @@ PRESETS = {
     "imagenet64 dmd2": dict(fake_updates=5),
     "cifar10 vsd": dict(lr_fake=1e-3),                  # SwiftBrush's for its adapters
     "imagenet64 vsd": dict(lr_fake=1e-3),
+    "cifar10 small": SMALL,                             # for a CPU, with --minutes
 }
 
 # ---- the method ----------------------------------------------------------------------------------

@@ -7,9 +7,8 @@ q_student(x_t), the gradient is distribution matching's difference of scores, we
 
     grad D_f = -E[ h(r) (s_teacher(x_t) - s_student(x_t)) dG/dtheta ],    h(r) = r^2 f''(r)
 
-s_student comes from a second denoiser, the *fake score*, fitted to the student's samples
-throughout; r from a small discriminator on its features, with data standing in for the teacher. h =
-1 is reverse KL, that is DMD2; an h that grows with r seeks modes less.
+s_student is a second denoiser's, the *fake score*, fitted to the student's samples throughout; r a
+small discriminator's on its features, data standing in for the teacher. h = 1, reverse KL, is DMD2.
 
     python fdistill.py                                  # ring of 8 Gaussians: under a minute
     python fdistill.py --data moons --divergence fkl    # forward KL
@@ -17,13 +16,13 @@ throughout; r from a small discriminator on its features, with data standing in 
 
 Differences from paper and code (FastGen): 1. The discriminator reads the fake score's last feature,
 as in DMD2, not the frozen teacher's, at one label and level for data and student; head and fake
-score share an optimiser, the head with weight --disc_weight (FastGen: its own, 1).  2. Ratio bins
-are equal in count, not in width of sigma; means of r and h are over one process's part of a batch.
-3. The fake score's loss has EDM's weight (official: none).  4. One EMA, warmed up (FastGen: three,
-constant); over the last half the student's rate falls to 0, the critic's to a tenth.  5. Adam with
-betas (0, 0.99), not AdamW with (0.9, 0.999); no R1 penalty (paper: 1 on CIFAR-10), no clipping.  6.
-Levels are continuous.  7. Images: one GPU, a day; CIFAR-10 at 5e-5; 2 critic updates to one of the
-student (FastGen: 4). Paper: 60,000 x 2048 at 1e-4; ImageNet-64 380,000 x 512.
+score share an optimiser, the head has --disc_weight (FastGen: its own, 1).  2. Ratio bins are equal
+in count, not in width of sigma; means of r and h are over one process's part of a batch. 3. The
+fake score's loss has EDM's weight (official: none).  4. One EMA, warmed up (FastGen: three); over
+the last half the student's rate falls to 0, the critic's to a tenth.  5. Adam with betas (0, 0.99),
+not AdamW with (0.9, 0.999); no R1 penalty (paper: 1 on CIFAR-10), no clipping.  6. Levels are
+continuous.  7. Images: one GPU, a day; 2 critic updates per student update (FastGen: 4). Paper:
+60,000 x 2048; ImageNet-64 380,000 x 512.
 """
 import copy
 import math
@@ -63,9 +62,9 @@ class Config(Shared):
     ratio_ema: float = 0.0      # memory of the bins' means; 0: this batch alone
 
 
-SMALL = dict(net="small", teacher_steps=2000, steps=500, batch=32, lr=1e-3, lr_fake=2e-3, ema=0.99,
-             fake_updates=1, gan_weight=1e-2, disc_weight=1.0, sigma_min=0.01, sigma_max=80.0,
-             sigma_init=2.5, samples=5000)
+SMALL = dict(net="small", teacher_steps=2000, steps=500, batch=32, accumulate=1, lr=1e-3,
+             lr_fake=2e-3, ema=0.99, fake_updates=1, gan_weight=1e-2, disc_weight=1.0,
+             sigma_min=0.01, sigma_max=80.0, sigma_init=2.5, samples=5000)
 LARGE = dict(cond=True, flip=True, ema=0.9995, disc_weight=1e-2, sigma_min=0.002, sigma_max=80.0,
              sigma_init=80.0, every=1000, samples=50_000)
 PRESETS = {
@@ -74,6 +73,7 @@ PRESETS = {
                     steps=40_000, batch=256, accumulate=8, lr=5e-5, lr_fake=5e-5),
     "imagenet64": dict(LARGE, net="adm", ratio_ema=0.5, gan_weight=3e-3, steps=30_000, batch=128,
                        accumulate=8, lr=2e-6, lr_fake=2e-6),
+    "cifar10 small": SMALL,         # for a CPU, with --minutes
 }
 
 # ---- the method ----------------------------------------------------------------------------------

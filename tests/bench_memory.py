@@ -73,16 +73,14 @@ class Memory(TorchDispatchMode):
 
 
 class LikeCuda(TorchFunctionMode):
-    """What a GPU does in autocast, for tensors without numbers: layers and attention in bf16, group
-    norms in float32; and attention by the fused kernel, which keeps no matrix of weights."""
+    """What a GPU does in autocast, for tensors without numbers: layers and attention in bf16, the
+    latter by the fused kernel, which keeps no matrix of weights."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         attention, kind = F.scaled_dot_product_attention, None
         if torch.is_autocast_enabled("cpu"):            # see `autocast`
             if function in (F.conv2d, F.linear, attention):
                 kind = torch.bfloat16
-            elif function is F.group_norm:
-                kind = torch.float32
         if kind:
             args = [a.to(kind) if torch.is_tensor(a) else a for a in args]
         if function is attention:
