@@ -53,7 +53,7 @@ class Shared:
     cifar10 --steps 100`: defaults < presets < what is given. UserError for unknown ones."""
     data: str = "ring"          # a toy, mnist, cifar10, imagenet64, or images: your own
     data_dir: str = "data"      # folder or file with the images
-    net: Literal["auto", "mlp", "small", "ddpmpp", "adm"] = "auto"      # network
+    net: Literal["auto", "mlp", "small", "ddpmpp", "adm"] = "auto"      # small: a CPU's
     width: int = 0              # its channels at the first level; 0: as --net has it
     cond: bool = False          # class-conditional: every network sees the label
     flip: bool = False          # mirror half of the training images
@@ -71,7 +71,7 @@ class Shared:
     ema: float = 0.99           # decay per step of the averaged student, the one that is judged
     seed: int = 0               # random seed
     device: Literal["auto", "cpu", "cuda"] = "auto"     # where to run
-    dtype: Literal["fp32", "bf16"] = "fp32"     # inside networks; bf16 rounds 8 times EDM's fp16
+    dtype: Literal["fp32", "bf16"] = "fp32"     # inside networks; bf16 is faster, coarser
     compile: bool = False       # run the networks through torch.compile
     recompute: bool = False     # image networks: a third more time, much less memory
     every: int = 500            # steps between checkpoints
@@ -668,7 +668,7 @@ class MLP(nn.Module):
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group norm in x's own type: autocast would work in float32 on GPUs, and keep twice as much."""
+    """Group norm in x's own type: on GPUs autocast would work in float32 and keep twice as much."""
 
     def forward(self, x):
         with torch.autocast(x.device.type, torch.bfloat16, False):

@@ -16,7 +16,7 @@ a path. Any denoiser has the right form (EDM's c_skip is 1 and c_out 0 at sigma 
     ctm       a solver step; jumps from t to any s         consistency trajectory, 2310.02279
     meanflow  infinitely near; jumps from t to any s       mean flows, 2505.13447
 
-ctm, meanflow: Phi(x_t, t, s) = s/t x_t + (1 - s/t) G(x_t, t, label, second), which is s/t, s/(1+s).
+ctm, meanflow: Phi(x_t, t, s) = s/t x_t + (1 - s/t) G(x_t, t, label, second), second s/t or s/(1+s).
 
     python consistency.py                           # cd, ring: under a minute, H about 0.0006
     python consistency.py --loss scd --nfe 2        # another loss, measured by two network calls
@@ -27,14 +27,14 @@ sigma_min. The teacher's last step, to 0, is Euler's.  2. The lower point sees t
 weights; CM has an EMA of them on ImageNet-64 (0.95), CTM too (0.999).  3. No LPIPS; cd and ctm take
 the squared error.  4. Adam with betas (0.9, 0.99), not RAdam; the rate falls to 0 over the last
 half; the EMA warms up, then is constant.  5. sCM: F is read off the denoiser, with EDM's c_noise
-ln(sigma) / 4 for t; no 1 / tan t again; its weight is a table over 16 bins of levels.  6. Levels
-outside sigma_min .. sigma_max go to the ends.  7. ImageNet-64: no dropout (ECT, sCT: 0.4 and more
-at 16x16 and below); ect without 1/sigma^2 + 1/sigma_data^2, at rate 1e-4 (ECT: 1e-3, falling).  8.
-sprint: one feature of the teacher (Sana: four); sCM's law of levels; one update of the head per
-student update; no mismatched pairs.  9. ctm: one solver step, not several; the denoising loss has a
-fixed weight and the jump's levels; no GAN.  10. meanflow distils the teacher's velocity; --velocity
-data trains from scratch. r is uniform below t (paper: the lower of two draws); embedded is r, not
-t-r.  11. Images: one GPU, a day, only flips (papers: 10,000 to 800,000 updates of 128 to 4096).
+ln(sigma) / 4 for t; no prior weight 1 / tan t; its weight is a table over 16 bins of levels.  6.
+Levels outside sigma_min .. sigma_max go to the ends.  7. ImageNet-64: no dropout (ECT, sCT: 0.4 and
+more at 16x16 and below); ect without 1/sigma^2 + 1/sigma_data^2, at rate 1e-4 (ECT: 1e-3,
+falling).  8. sprint: one feature of the teacher (Sana: four); sCM's law of levels; one update of
+the head per student update; no mismatched pairs.  9. ctm: one solver step, not several; the
+denoising loss has a fixed weight and the jump's levels; no GAN.  10. meanflow distils the teacher's
+velocity; --velocity data trains from scratch. r is uniform below t (paper: the lower of two draws);
+embedded is r, not t-r.  11. Images: one GPU, a day, only flips (papers: up to 800,000 updates).
 """
 import copy
 import inspect
@@ -81,7 +81,7 @@ class Config(Shared):
     velocity: Literal["teacher", "data"] = "teacher"    # meanflow: whose; data: from scratch
     equal: float = 0.5          # meanflow: share of samples with r = t
     power: float = 1.0          # meanflow: loss is error / (error + floor)^power
-    floor: float = 0.01         # meanflow: see there
+    floor: float = 0.01         # meanflow: the floor in that weight
     dropout: float = 0.0        # dropout in the student (images)
 
 
@@ -377,7 +377,7 @@ def draw(n, data):
 
 
 def train(cfg, data=None, teacher=None, student=None, on_log=None):
-    """Distil as cfg says; what is passed in replaces what flags would load. -> (average, Run)"""
+    """Distil as cfg says; what is passed in replaces what flags would load. -> (EMA, Run)"""
     begin(cfg, "consistency")
     data, teacher, G, judge, disc = set_up(cfg, data, teacher, student)
     minus = copy.deepcopy(G).requires_grad_(False)      # in training mode, for the dropout's masks

@@ -14,7 +14,7 @@ no data, and its fake score is the teacher with low-rank adapters. --steps_stude
 student of several calls; each call is trained on what the calls before it really give (backward
 simulation, DMD2, Sec. 4.5).
 
-    python dmd.py                               # ring of 8 Gaussians: 50 s on a core, H of 0.0001
+    python dmd.py                               # ring of 8 Gaussians: a minute on a core
     python dmd.py --variant vsd                 # the same without data
     python dmd.py --data cifar10 --dtype bf16 --teacher edm-cifar10-32x32-cond-vp.pkl
 
@@ -22,7 +22,7 @@ Differences from the papers and their code: 1. Levels are continuous on Karras's
 both networks; DMD's student sees 2 % to 98 % of 1000 levels.  2. Regression by L2 or pseudo-Huber;
 DMD's LPIPS needs another network.  3. The GAN sees the sample noised for the score difference, not
 anew; data and student share label and level (official: independent). Head and fake score share an
-optimiser, as in DMD2; FastGen's head has its own optimiser, weight 1, and reads the teacher.  4.
+optimiser, as in DMD2; NVIDIA's FastGen has another for it, weight 1, and it reads the teacher.  4.
 Adam with betas (0, 0.99) instead of AdamW with (0.9, 0.999) and weight decay; no clipping of
 gradients (official: norm 10), no warm-up (500 steps); the student's rate falls to 0 over the last
 half, the critic's to a tenth. One EMA (DMD2: none).  5. Labels in the data's proportions (DMD2:
@@ -108,8 +108,8 @@ def dm_loss(x, d_real, d_fake):
 
 def vsd_loss(x, d_real, d_fake, sigma, sigma_data):
     """
-    Loss (B,) whose gradient in x is w (d_fake - d_real) / D: SwiftBrush's sigma^2 (eps_teacher -
-    eps_fake), sigma^2 the noise's share of variance; the eps differ by (d_fake - d_real) / sigma,
+    Loss (B,) whose gradient in x is w (d_fake - d_real) / D: SwiftBrush's weight, the noise's
+    share of variance, times (eps_teacher - eps_fake); the eps differ by (d_fake - d_real) / sigma,
     and w has a factor sigma_data that makes it free of units.
     """
     w = sigma * sigma_data / (sigma**2 + sigma_data**2)                             # (B, 1, ...)
@@ -187,7 +187,7 @@ def add_adapters(denoiser, rank):
 
 
 def train(cfg, data=None, teacher=None, student=None, on_log=None):
-    """Distil as cfg says; what is passed in replaces what flags would load. -> (average, Run)"""
+    """Distil as cfg says; what is passed in replaces what flags would load. -> (EMA, Run)"""
     begin(cfg, "dmd")
     need(cfg.steps_student in LATER_LEVELS, "--steps_student is 1, 2 or 4")
     need(cfg.variant != "dmd" or cfg.steps_student == 1, "--variant dmd wants --steps_student 1: "

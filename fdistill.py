@@ -7,22 +7,22 @@ q_student(x_t), the gradient is distribution matching's difference of scores, we
 
     grad D_f = -E[ h(r) (s_teacher(x_t) - s_student(x_t)) dG/dtheta ],    h(r) = r^2 f''(r)
 
-s_student is a second denoiser's, the *fake score*, fitted to the student's samples throughout; r a
-small discriminator's on its features, data standing in for the teacher. h = 1, reverse KL, is DMD2.
+s_student comes from a second denoiser, the *fake score*, fitted to the student's samples; r from a
+small discriminator on its features, to which data stand for the teacher's samples. h = 1 is DMD2.
 
     python fdistill.py                                  # ring of 8 Gaussians: under a minute
     python fdistill.py --data moons --divergence fkl    # forward KL
     python fdistill.py --data cifar10 --dtype bf16 --teacher edm-cifar10-32x32-cond-vp.pkl
 
-Differences from paper and code (FastGen): 1. The discriminator reads the fake score's last feature,
-as in DMD2, not the frozen teacher's, at one label and level for data and student; head and fake
-score share an optimiser, the head has --disc_weight (FastGen: its own, 1).  2. Ratio bins are equal
-in count, not in width of sigma; means of r and h are over one process's part of a batch. 3. The
-fake score's loss has EDM's weight (official: none).  4. One EMA, warmed up (FastGen: three); over
-the last half the student's rate falls to 0, the critic's to a tenth.  5. Adam with betas (0, 0.99),
-not AdamW with (0.9, 0.999); no R1 penalty (paper: 1 on CIFAR-10), no clipping.  6. Levels are
-continuous.  7. Images: one GPU, a day; 2 critic updates per student update (FastGen: 4). Paper:
-60,000 x 2048; ImageNet-64 380,000 x 512.
+Differences from paper and code (NVIDIA's FastGen): 1. The discriminator reads the fake score's last
+feature, as in DMD2, not the frozen teacher's, at one label and level for data and student; head and
+fake score share an optimiser, the head has --disc_weight (FastGen: its own, 1).  2. Ratio bins are
+equal in count, not in width of sigma; means of r and h are over one process's part of a batch. 3.
+The fake score's loss has EDM's weight (official: none).  4. One EMA, warmed up (FastGen: three);
+over the last half the student's rate falls to 0, the critic's to a tenth.  5. Adam with betas (0,
+0.99), not AdamW with (0.9, 0.999); no R1 penalty (paper: 1 on CIFAR-10), no clipping.  6. Levels
+are continuous.  7. Images: one GPU, a day; 2 critic updates per student update (FastGen: 4). Paper:
+60,000 updates of 2048; ImageNet-64 380,000 of 512.
 """
 import copy
 import math
@@ -53,7 +53,7 @@ class Config(Shared):
     steps: int = 750
     lr: float = 2e-3
     ema: float = 0.995
-    divergence: Literal[tuple(WEIGHTS)] = "js"      # which D_f; see WEIGHTS
+    divergence: Literal[tuple(WEIGHTS)] = "js"      # rkl: reverse KL; fkl: forward; js: between
     fake_updates: int = 2       # updates of fake score and discriminator per student update
     lr_fake: float = 2e-3       # their learning rate
     gan_weight: float = 0.01    # weight of the GAN term in the student's loss
@@ -93,8 +93,8 @@ def balance_ratio(r, u, means, ratio_ema=0.0):
 
 
 def f_distill_loss(x, d_real, d_fake, r, divergence):
-    """Loss (B,) whose gradient in x, of D elements a sample, is h(r) / mean h * (d_fake - d_real) /
-    mean|x - d_real| / D (Theorem 1; DMD Eq. 8), as sigma^2 (s_fake - s_real) = d_fake - d_real."""
+    """Loss (B,) whose gradient in x, of n elements a sample, is h(r) / mean h * (d_fake - d_real) /
+    mean|x - d_real| / n (Theorem 1; DMD Eq. 8), as sigma^2 (s_fake - s_real) = d_fake - d_real."""
     h = WEIGHTS[divergence](r)
     h = h / (h.mean() + 1e-6)                           # steps as large as reverse KL's, whatever f
     return loss_with_gradient(x, weighted_score_gradient(x, d_real, d_fake, h))
@@ -127,7 +127,7 @@ def make_discriminator(shape):
 
 
 def train(cfg, data=None, teacher=None, student=None, on_log=None):
-    """Distil as cfg says; what is passed in replaces what flags would load. -> (average, Run)"""
+    """Distil as cfg says; what is passed in replaces what flags would load. -> (EMA, Run)"""
     begin(cfg, "fdistill")
     need(cfg.ratio_ema < 1, f"--ratio_ema must be less than 1, not {cfg.ratio_ema}")
     data = load_data(cfg, data)

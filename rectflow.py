@@ -9,7 +9,7 @@ straight lines from noise z to data x a velocity is learnt; a sample is what its
 
 Lines between the ODE's own pairs (z, x) hardly cross: *reflow* fits them, and paths become nearly
 straight, one Euler step nearly exact. Every network is a denoiser, and exactly a velocity, since
-x_t / t is x with noise of std (1 - t) / t. Below t = 1 / sigma_init the divisor is held there: one
+x_t / t is x with noise of std (1 - t) / t. Below t = 1 / sigma_init the divisor stays that: one
 Euler step from t = 0 is then D(sigma_init z, sigma_init), the five scripts' one-step generator.
 
     v(x_t, t) = (D(x_t / t, (1 - t) / t) - x_t) / (1 - t)
@@ -22,7 +22,7 @@ Euler step from t = 0 is then D(sigma_init z, sigma_init), the five scripts' one
     chain    = flow, reflow, distill
     slim     = anneal, guided
 
-    python rectflow.py                          # ring of 8 Gaussians: a minute, H about 0.0002
+    python rectflow.py                          # ring of 8 Gaussians: a minute, H about 0.0001
     python rectflow.py --stage slim --teacher runs/rectflow-ring-0-flow
     python rectflow.py --data cifar10 --dtype bf16 --teacher edm-cifar10-32x32-uncond-vp.pkl
 
@@ -95,7 +95,7 @@ def velocity(D, x_t, t, label, sigma_init):
 
 
 def pair_distance(a, b, kind):
-    """Distance (B,) of a, b (B, ...): mean square, or RF++'s huber / dim (dmd's: not divided)."""
+    """Distance (B,) of a, b (B, ...): mean square, or RF++'s huber / dim (dmd.py: not divided)."""
     dim = a[0].numel()
     square = (a - b).square().flatten(1).sum(1)
     if kind == "l2":
@@ -157,7 +157,7 @@ def straightness(path):
 
 
 def train(cfg, data=None, teacher=None, student=None, on_log=None):
-    """Distil as cfg says; what is passed in replaces what flags would load. -> (average, Run)"""
+    """Distil as cfg says; what is passed in replaces what flags would load. -> (EMA, Run)"""
     taught = bool(cfg.teacher) or teacher is not None
     need(cfg.stage != "flow" or not taught, "--stage flow learns from data: omit --teacher")
     need(1 < cfg.sigma_init <= cfg.sigma_max, "--sigma_init must lie in (1, --sigma_max]")

@@ -7,14 +7,14 @@ how s_student changes with the student's weights; but with the law of x_t fixed,
 that of a loss that needs only its value (SIM, Sec. 3.2):
 
     L = -E[ d'(y)^T (s_student(x_t) - grad log q(x_t | x)) ],   q(x_t | x) = N(x, sigma^2)
-    L + 2 (1 - alpha) E[ d(y) ]     alpha 1/2 lets the law of x_t move too; d = |y|^2: SiD's loss
+    L + 2 (1 - alpha) E[ d(y) ]     alpha 1: SIM; 1/2: exact, the law of x_t moves; d = |y|^2: SiD
 
 s_student comes from a second denoiser, the *fake score*, fitted to the student's samples
 throughout. Gradients flow through x_t into both networks; only their weights are held fixed. L
 takes both signs and hovers about 0, so it shows no progress; gap in log.csv, E|d_real - d_fake|^2,
 does. The loop reads no data.
 
-    python sim.py                               # ring of 8 Gaussians
+    python sim.py                               # ring; alpha 1/2 and l2 are neither paper's
     python sim.py --distance huber --alpha 1    # score implicit matching
     python sim.py --alpha 1.2                   # SiD
     python sim.py --data cifar10 --dtype bf16 --teacher edm-cifar10-32x32-cond-vp.pkl
@@ -87,8 +87,8 @@ def distance(y, kind, c):
 
 def sim_loss(x, d_real, d_fake, kind, c, alpha):
     """
-    Loss (B,) whose gradient in x, through d_real and d_fake (B, ...) as well, is that of E d(y) /
-    size, size held fixed: with the law of x_t fixed at alpha 1, the true one at 1/2 alone (SIM,
+    Loss (B,); its gradient in x also runs through d_real and d_fake (B, ...). At alpha 1/2 it is
+    that of E d(y) / size, size a constant; at alpha 1 the same with the law of x_t held fixed (SIM,
     Sec. 3.2; SiD). In denoisers: y = d_fake - d_real is sigma^2 (s_fake - s_real), d_fake - x is
     sigma^2 (s_fake - grad log q(x_t | x)).
     """
@@ -103,7 +103,7 @@ def sim_loss(x, d_real, d_fake, kind, c, alpha):
 
 
 def train(cfg, data=None, teacher=None, student=None, on_log=None):
-    """Distil as cfg says; what is passed in replaces what flags would load. -> (average, Run)"""
+    """Distil as cfg says; what is passed in replaces what flags would load. -> (EMA, Run)"""
     begin(cfg, "sim")
     need(cfg.c > 0 and 0 < cfg.u_max <= 1, "--c must be greater than 0, --u_max in (0, 1]")
     data = load_data(cfg, data)

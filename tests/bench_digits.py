@@ -3,9 +3,11 @@ Digits of the five scripts from one teacher, judged by three numbers.
 
     python tests/bench_digits.py --data_dir data/mnist --minutes 5      # fits, trains, measures
     python tests/bench_digits.py --data_dir data/mnist --teacher RUN RUN RUN ...
+    python tests/bench_digits.py --data_dir data/mnist --minutes 10 --ship notebooks/digits.pt
 
 The first line fits a teacher for --minutes, then trains each script's student from it for as long;
-the second measures finished runs. MNIST's t10k files must lie in --data_dir. 2,000 samples, 200 of
+the second measures finished runs; the third fits a teacher and saves it in half precision, as the
+notebooks have it. MNIST's t10k files must lie in --data_dir. 2,000 samples, 200 of
 a class: `as asked` is the share that a small classifier reads as the class asked for; H the energy
 coefficient over pixels against 2,000 test images; sharpness the mean squared Laplacian over theirs.
 """
@@ -26,7 +28,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import (energy_coefficient, heun_sample, in_parts, load_data, load_teacher,
-                    save_picture)
+                    save_denoiser, save_picture)
 
 
 def read_test(folder):
@@ -111,6 +113,7 @@ if __name__ == "__main__":
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--teacher", default="")
     parser.add_argument("--data_dir", default="data")
+    parser.add_argument("--ship")
     args = parser.parse_args()
     torch.set_num_threads(1)
     shared = dict(data="mnist", data_dir=args.data_dir, device="cpu")
@@ -118,9 +121,13 @@ if __name__ == "__main__":
     cfg = fdistill.Config(**shared, teacher=args.teacher, minutes=2 * args.minutes)    # half: fit
     data = load_data(cfg)
     teacher = load_teacher(cfg, data)
+    if args.ship:
+        teacher.half()
+        save_denoiser(args.ship, teacher, replace(cfg, data_dir="data"))
+        teacher = load_teacher(replace(cfg, teacher=args.ship), data)
     about = [Path(run) / "config.json" for run in args.runs]
     runs = [(json.loads(path.read_text())["script"], path.parent) for path in about]
-    for script in [] if runs else ("fdistill", "dmd", "sim", "consistency", "rectflow"):
+    for script in [] if runs or args.ship else ("fdistill", "dmd", "sim", "consistency", "rectflow"):
         module, cpu = importlib.import_module(script), time.process_time()
         _, run = module.train(module.Config(**shared, minutes=args.minutes), teacher=teacher)
         print(f"{(time.process_time() - cpu) / 60:.1f} minutes of CPU")
