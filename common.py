@@ -466,7 +466,9 @@ def read_images(cfg, where, shape=None):
     if where.suffix == ".npz":
         return read_npz(where)
     names, read = open_pictures(where)
-    known = {} if shape else folder_classes(names)
+    folders = {name: name.split("/")[0] for name in names if "/" in name and not shape}
+    number = {folder: i for i, folder in enumerate(sorted(set(folders.values())))}
+    known = {name: number[folder] for name, folder in folders.items()}
     if "dataset.json" in names:
         names.remove("dataset.json")
         known = dict(json.loads(read("dataset.json")).get("labels") or [])
@@ -478,13 +480,6 @@ def read_images(cfg, where, shape=None):
     files = [where / name for name in names] if where.is_dir() else [where]
     labels = np.array([known[name] for name in names]) if known else None
     return memory_map(cfg, files, (len(names), *shape), parts), labels
-
-
-def folder_classes(names):
-    """{name: class number} of the files that are in a sub-folder."""
-    folders = {name: name.split("/")[0] for name in names if "/" in name}
-    number = {folder: i for i, folder in enumerate(sorted(set(folders.values())))}
-    return {name: number[folder] for name, folder in folders.items()}
 
 
 def open_pictures(where):
@@ -1151,8 +1146,9 @@ def fit_teacher(cfg, data, exact=None):
     same = dict(data=cfg.data, net=cfg.net, width=cfg.width, cond=cfg.cond, dtype=cfg.dtype,
                 steps=cfg.teacher_steps, minutes=cfg.minutes / 2, sigma_max=cfg.sigma_max,
                 sigma_min=cfg.sigma_min, lr=1e-3 if large else lr, ema=0.99 if toy else 0.999,
-                batch=512 if toy or large else 32)
-    same["accumulate"] = math.gcd(cfg.accumulate, same["batch"])
+                batch=512 if toy or large else 32, accumulate=1)
+    while not toy and same["batch"] / same["accumulate"] > cfg.batch / cfg.accumulate:
+        same["accumulate"] *= 2                         # no part is larger than the student's
     with fork_rng(pick_device(cfg)):                    # the caller's random numbers stay the same
         torch.manual_seed(0)
         x, label = data.sample(256)
@@ -1563,7 +1559,7 @@ class Run:
 
     def __init__(self, cfg, script, on_log=None, **state):
         self.cfg, self.script, self.state, self.rows = cfg, script, state, []
-        self.on_log, self.drawing, self.marks = on_log, 0.0, []     # when the steps ended
+        self.on_log, self.drawing = on_log, 0.0
         self.dir, self.device = run_folder(cfg, script), pick_device(cfg)
         self.part = cfg.batch // cfg.accumulate // processes()
         self.step, self.progress, self.last, self.shown = 0, 0.0, False, -1
@@ -1613,7 +1609,8 @@ class Run:
     def steps(self):
         """Yield step numbers to the end of the training. Saves every --every steps, at the end, and
         when Ctrl-C or SIGTERM comes, which then raises KeyboardInterrupt."""
-        cfg, threads, handlers = self.cfg, torch.get_num_threads(), self.catch_signals()
+        cfg, first, threads = self.cfg, self.step, torch.get_num_threads()
+        handlers = self.catch_signals()
         if len(self.state["ema"].shape) == 1:
             torch.set_num_threads(1)                    # small matrices: a second thread only waits
         if self.step == 0:                              # what has passed went to data and teacher
@@ -1632,7 +1629,7 @@ class Run:
                 yield self.step
                 bar.update()
                 self.end_step()
-                self.tell_time(bar)
+                self.tell_time(bar, self.step - first)
         finally:
             bar.close()
             torch.set_num_threads(threads)
@@ -1641,14 +1638,14 @@ class Run:
             if hasattr(self, "held"):
                 self.held.close()
 
-    def tell_time(self, bar):
+    def tell_time(self, bar, done):
         """After 15 steps, the first five being slow: about how long the rest will take."""
-        if len(self.marks) < 15 and not self.cfg.minutes:
-            self.marks.append(time.time())
-            if len(self.marks) == 15:
-                pace = (self.marks[14] - self.marks[4]) / 10
-                left = pace * (self.cfg.steps - self.step) + 24 * self.drawing
-                bar.write(f"{self.script}: about {left:.0f} s to go")
+        if done == 5:
+            self.mark = time.time()
+        if done == 15 and not self.cfg.minutes:
+            pace = (time.time() - self.mark) / 10
+            left = pace * (self.cfg.steps - self.step) + 24 * self.drawing
+            bar.write(f"{self.script}: about {left:.0f} s to go")
 
     def end_step(self):
         self.step += 1

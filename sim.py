@@ -66,7 +66,7 @@ PRESETS = {
     "mnist": dict(SMALL, cond=True), "images": SMALL,
     # SiD's table: rates, alpha, EMA half-life 0.5 and 2 million images; sigma above 24.4 =
     # karras(0.8) is left out. c as in consistency training, 0.00054 sqrt(3072): a guess.
-    "cifar10": dict(LARGE, net="ddpmpp", teacher_steps=100_000, c=0.03, steps=150_000, accumulate=8,
+    "cifar10": dict(LARGE, net="ddpmpp", teacher_steps=100_000, c=0.03, steps=150_000, accumulate=4,
                     lr=1e-5, lr_fake=1e-5, ema=0.99965),
     "imagenet64": dict(LARGE, net="adm", c=0.06, steps=40_000, accumulate=16, lr=4e-6, lr_fake=4e-6,
                        ema=0.99991),
