@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch.optim import Adam
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
@@ -47,15 +47,27 @@ class Noise:
         return torch.randn(n, *self.shape, device="meta"), common.draw_label(n, self, "meta")
 
 
+def count_flops(function, args, kwargs, out):
+    """FLOPs of one operation, by PyTorch's formulas. (Its counter keeps graphs alive.)"""
+    ops, shapes = torch.ops.aten, [t.shape for t in args[:4] if torch.is_tensor(t)]
+    if function == ops._scaled_dot_product_flash_attention_for_cpu.default:
+        return sdpa_flop_count(*shapes[:3])
+    if function == ops._scaled_dot_product_flash_attention_for_cpu_backward.default:
+        return sdpa_backward_flop_count(*shapes)
+    formula = flop_registry.get(function._overloadpacket)
+    return formula(*args, **kwargs, out_val=out) if formula else 0
+
+
 class Memory(TorchDispatchMode):
-    """Bytes of all storages that are alive, and their peak."""
+    """Bytes of all storages that are alive, and their peak; FLOPs."""
 
     def __init__(self):
         super().__init__()
-        self.now, self.peak, self.known = 0, 0, set()
+        self.now, self.peak, self.known, self.flops = 0, 0, set(), 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **kwargs or {})
+        self.flops += count_flops(function, args, kwargs or {}, out)
         for t in out if isinstance(out, (tuple, list)) else [out]:
             if torch.is_tensor(t) and t.untyped_storage()._cdata not in self.known:
                 self.add(t.untyped_storage())
@@ -134,19 +146,9 @@ def two_steps(before_the_second):
     return TwoSteps
 
 
-def attention(q, k, v, *_, out_shape=None, **__):
-    return sdpa_flop_count(q, k, v)
-
-
-def attention_backward(grad, q, k, v, *_, out_shape=None, **__):
-    return sdpa_backward_flop_count(grad, q, k, v)
-
-
 def measure(script, data, part=64, **flags):
     """(bytes between steps, bytes a sample of a part beside them, FLOPs a sample of a batch)."""
-    module, ops, first = importlib.import_module(script), torch.ops.aten, (0, 0)
-    formulas = {ops._scaled_dot_product_flash_attention_for_cpu: attention,
-                ops._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward}
+    module, first = importlib.import_module(script), (0, 0)
     cfg = module.Config(data=data, batch=part, accumulate=1, dtype="bf16", out="/nowhere", **flags)
     noise = Noise(*SHAPES[data], cfg.cond)
     if script == "dmd":
@@ -154,8 +156,8 @@ def measure(script, data, part=64, **flags):
 
     def first_is_over():
         nonlocal first
-        memory.peak, cfg.accumulate = memory.now, 2 
-        first = memory.now, counter.get_total_flops()
+        memory.peak, cfg.accumulate = memory.now, 2
+        first = memory.now, memory.flops
 
     def pairs(*_):
         x, label = noise.sample(part)
@@ -171,10 +173,8 @@ def measure(script, data, part=64, **flags):
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         for stub in stubs:
             stack.enter_context(mock.patch.object(*stub, create=True))
-        counter = FlopCounterMode(display=False, custom_mapping=formulas)
         memory = Memory()
-        # the counter would keep alive what --recompute makes
-        for mode in [LikeCuda(), memory] if cfg.recompute else [LikeCuda(), counter, memory]:
+        for mode in (LikeCuda(), memory):
             stack.enter_context(mode)
         teacher = None
         if not {"ct", "flow"} & set(flags.values()):
@@ -182,7 +182,7 @@ def measure(script, data, part=64, **flags):
         stack.enter_context(contextlib.suppress(Enough))
         module.train(cfg, noise, teacher)
     between, before = first
-    flops = (counter.get_total_flops() - before) / (2 * part)
+    flops = (memory.flops - before) / (2 * part)
     return between, (memory.peak - between) / part, flops
 
 
