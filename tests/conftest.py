@@ -213,7 +213,7 @@ def student_slope(loss, sigma, attached=False):
 def divergence_slope(f, sigma, frozen=False):
     """d/d(m, s) of the integral of q f(r, y), y the difference of denoisers; q moves, or is frozen."""
     m, s = [torch.tensor(v, dtype=F64, requires_grad=True) for v in (0.7, 0.8)]
-    x_t = torch.linspace(-14, 14, 40001, dtype=F64)
+    x_t = torch.linspace(-14, 14, 40001, dtype=F64) * (0.64 + sigma**2) ** 0.5
     q = torch.distributions.Normal(m, (s**2 + sigma**2).sqrt()).log_prob(x_t)
     p = torch.distributions.Normal(0 * m, (1 + sigma**2) ** 0.5).log_prob(x_t)
     y = m + s**2 / (s**2 + sigma**2) * (x_t - m) - x_t / (1 + sigma**2)
