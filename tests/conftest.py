@@ -156,36 +156,6 @@ class TinyInception(torch.nn.Module):
         return torch.nn.functional.adaptive_avg_pool2d(x.float(), 2).flatten(1)
 
 
-def check_parts(monkeypatch, train, quick, *given, **flags):
-    """With noise that is always the same, a batch in 4 parts makes the update of the whole batch."""
-    def weights(n):
-        _, run = train(quick(lr=0.02, accumulate=n, out=f"runs/{n}", **flags), point, *given)
-        modules = [part for part in run.state.values() if isinstance(part, torch.nn.Module)]
-        return torch.cat([flat(module) for module in modules])
-
-    from common import Images, Run
-    point = Images(torch.tensor([[1.0, -1.0]]))
-    monkeypatch.setattr(torch, "randn", torch.ones)
-    monkeypatch.setattr(torch, "randn_like", torch.ones_like)
-    monkeypatch.setattr(torch, "rand", lambda *size, **more: torch.ones(*size, **more) / 2)
-    monkeypatch.setattr(torch, "rand_like", lambda x: torch.ones_like(x) / 2)
-    monkeypatch.setattr(torch.optim, "Adam", lambda p, *_, **__: torch.optim.SGD(p))
-    monkeypatch.setattr(Run, "report", lambda *_, **__: None)
-    whole, parts = weights(1), weights(4)
-    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-6)
-
-
-def check_images(module, **flags):
-    """A few steps on grey images with labels: the student gives images; so does the saved one."""
-    from common import Images, load_denoiser
-    images = Images(torch.randint(256, (40, 1, 12, 12), dtype=torch.uint8), torch.arange(40) % 3, 3)
-    small = dict(data="mnist", width=8, steps=2, batch=8, teacher_steps=2)
-    student, run = module.train(module.Config(**(TINY | small | flags)), images)
-    for network in (student, load_denoiser(run.dir, run.cfg)):
-        x = module.sample(network, 3)
-        assert x.shape == (3, 1, 12, 12) and x.isfinite().all() and not network.training
-
-
 # In closed form, 1-D: teacher N(0, 1), student x = m + s z with m = 0.7, s = 0.8, its score exact.
 
 

@@ -9,7 +9,7 @@ import torch
 import common
 import consistency
 from common import GaussianMixture, UserError
-from conftest import F64, TINY, check_images, check_parts, check_resume, flat, hermite
+from conftest import F64, TINY, hermite
 from consistency import LOSSES, Config, Draw, lognormal, sample, tangent, train
 
 EVERY = [*LOSSES, "meanflow data"]                      # the last: with --velocity data
@@ -276,27 +276,12 @@ def test_gamma_sampling(loss, second):
 
 
 @pytest.mark.parametrize("loss", EVERY)
-def test_every_loss_runs_and_saves(loss):
-    """A few steps: finite metrics, and the saved student draws what the trained one does."""
-    student, run = go(loss, nfe=2, cond=loss in ("cd", "meanflow"))
+def test_every_loss_runs(loss):
+    """A few steps: finite figures, the distance to the teacher's ODE only where there is one."""
+    _, run = go(loss, cond=loss in ("cd", "meanflow"))
     metrics = common.read_json(run.dir / "metrics.json")
     assert 0 < metrics["H"] < 1 and math.isfinite(metrics["H_2_steps"])
     assert ("paired" in metrics) == (loss not in ("ct", "meanflow data"))
-    found, z = [], torch.randn(50, 2)
-    for G in (student, common.load_denoiser(run.dir, run.cfg)):
-        torch.manual_seed(1)
-        found.append(sample(G, 50, z=z, nfe=3))
-    assert torch.equal(*found) and len(G.levels) == 2
-
-
-@pytest.mark.parametrize("loss, cond", [("sprint", False), ("ctm", True)])
-def test_resume_is_bit_exact(loss, cond):
-    check_resume(train, quick, None, network(cond=cond), loss=loss, cond=cond)
-
-
-@pytest.mark.parametrize("loss", ["ctm", "sprint", "meanflow"])
-def test_parts_of_a_batch_are_averaged(loss, monkeypatch):
-    check_parts(monkeypatch, train, quick, network(), loss=loss)
 
 
 def test_minus_is_the_student_held_fixed(monkeypatch):
@@ -341,12 +326,6 @@ def test_sprints_student_climbs_the_logit(monkeypatch):
     assert seen[-1] > seen[1] + 0.5
 
 
-@pytest.mark.parametrize("flags", [dict(loss="sprint", dtype="bf16"),
-                                   dict(loss="ctm", recompute=True, N=4)])
-def test_images(flags):
-    check_images(consistency, cond=True, accumulate=2, dropout=0.1, nfe=2, **flags)
-
-
 @pytest.mark.parametrize("wrong, says", [
     (dict(loss="ct", teacher="exact"), "without a teacher"), (dict(sigma_init=2.0), "sigma_max"),
     (dict(loss="meanflow data", teacher="exact"), "without a teacher"), (dict(N=1), "--N"),
@@ -360,15 +339,12 @@ def test_bad_input_before_any_work(wrong, says):
     assert not Path("runs").exists()
 
 
-class Own(torch.nn.Module):
+class Own(torch.nn.Linear):
     """A network of one's own; `top` 0 makes it x_t at sigma 0."""
-
-    def __init__(self, top):
-        super().__init__()
-        self.top, self.layer = top, torch.nn.Linear(2, 2)
+    top = 0.0
 
     def forward(self, x_t, sigma, label=None):
-        return x_t + (sigma + self.top) * self.layer(x_t)
+        return x_t + (sigma + self.top) * super().forward(x_t)
 
 
 def test_own_students():
@@ -376,7 +352,9 @@ def test_own_students():
     def teacher(x_t, sigma, label=None):
         return x_t / (1 + sigma**2)
 
-    train(quick("cd"), None, teacher, Own(0.0))
-    for loss, top, says in (("cd", 1.0, "x_t at sigma 0"), ("ctm", 0.0, "second")):
+    train(quick(), None, teacher, Own(2, 2))
+    wrong = Own(2, 2)
+    wrong.top = 1.0
+    for loss, student, says in (("cd", wrong, "x_t at sigma 0"), ("ctm", Own(2, 2), "second")):
         with pytest.raises(UserError, match=says):
-            train(quick(loss, out=f"run-{loss}-{top}"), None, teacher, Own(top))
+            train(quick(loss, out=f"runs/{loss}"), None, teacher, student)

@@ -9,8 +9,7 @@ import torch
 import common
 import rectflow
 from common import MLP, TOYS, Denoiser, GaussianMixture, UserError
-from conftest import (F64, TINY, check_images, check_parts, check_resume, flat, hermite,
-                      main_in_process)
+from conftest import F64, TINY, flat, hermite, main_in_process
 from rectflow import FINE, Config, euler, even_times, flow_loss, sample, train, velocity
 
 M, S = torch.tensor([0.7, -0.4], dtype=F64), 0.6        # data N(M, S^2): everything is known
@@ -153,11 +152,6 @@ def test_labels_law_and_distance_reach_the_loss(stage, monkeypatch):
     assert laws == 4 * dict(flow=["uniform"], reflow=["ushape"], anneal=["ushape"]).get(stage, [])
 
 
-@pytest.mark.parametrize("stage", ["flow", "guided"])
-def test_parts_of_a_batch_are_averaged(stage, monkeypatch):
-    check_parts(monkeypatch, train, quick, given(stage)[1], stage=stage)
-
-
 def test_the_guide_has_its_weight():
     cfgs = [quick(stage="guided", guide=w, out=f"runs/{w}") for w in (0.5, 1.0)]
     half, whole = [flat(train(cfg, *given("guided"))[0]) for cfg in cfgs]
@@ -199,12 +193,6 @@ def test_slim_distils_the_large_teacher_guided_by_the_small_flow(monkeypatch):
     assert len(guides) == 4 and all(torch.equal(guide, flat(small)) for guide in guides)
 
 
-@pytest.mark.parametrize("stage", ["flow", "reflow", "anneal", "guided"])
-def test_resume_is_bit_exact(stage):
-    flags = dict(stage=stage, t_law="ushape", distance="huber", accumulate=2, cond=True)
-    check_resume(train, quick, *given(stage, 8), **flags)
-
-
 def test_chain_in_one_command():
     """--resume of what is finished changes nothing; --sample draws from each stage at its times."""
     small = TINY | dict(pairs=64, out="runs/run")
@@ -237,13 +225,6 @@ def test_flows_are_compared():
 def test_bad_input(flags, words):
     with pytest.raises(UserError, match=words):
         train(quick(**flags))
-
-
-@pytest.mark.parametrize("stage", ["chain", "slim"])
-def test_images(stage):
-    """With labels, in a small UNet; their trajectories are rows of pictures."""
-    check_images(rectflow, stage=stage, pairs=8, shrink=0.5, cond=True, batch=64)
-    assert list(Path("runs").glob("*/trajectories.png"))
 
 
 def test_short_chain_learns_the_ring():
