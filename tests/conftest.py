@@ -181,7 +181,7 @@ def student_slope(loss, sigma, attached=False):
 
 
 def divergence_slope(f, sigma, frozen=False):
-    """d/d(m, s) of the integral of q f(r, y), y the difference of denoisers; q moves, or is frozen."""
+    """d/d(m, s) of the integral of q f(r, y), y the denoisers' difference; q moves, or not."""
     m, s = [torch.tensor(v, dtype=F64, requires_grad=True) for v in (0.7, 0.8)]
     x_t = torch.linspace(-14, 14, 40001, dtype=F64) * (0.64 + sigma**2) ** 0.5
     q = torch.distributions.Normal(m, (s**2 + sigma**2).sqrt()).log_prob(x_t)

@@ -60,7 +60,7 @@ def test_resume_is_bit_exact(script, flags):
 
 @pytest.mark.parametrize("script, flags", IN_PARTS)
 def test_parts_of_a_batch_are_averaged(script, flags, monkeypatch):
-    """With noise that is always the same, a batch in 4 parts makes the update of the whole batch."""
+    """With noise that is always the same, a batch in 4 parts gives the update of the whole."""
     train, quick, teacher = prepare(script, flags)
     point, found = common.Images(torch.tensor([[1.0, -1.0]])), []
     monkeypatch.setattr(torch, "randn", torch.ones)
