@@ -9,12 +9,15 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 QUICK = "--steps 2 --teacher_steps 2 --batch 256 --samples 64 --every 2".split()
+TINY = dict(device="cpu", steps=4, batch=32, width=16, teacher_steps=20, samples=200, every=2)
+F64 = torch.float64
 
 
 def pytest_addoption(parser):
@@ -76,6 +79,7 @@ def no_pictures(monkeypatch):
 
     monkeypatch.setattr("fdistill.gallery", gallery)
     monkeypatch.setattr("sim.gallery", gallery)
+    monkeypatch.setattr("dmd.gallery", gallery)
     monkeypatch.setattr("common.Run.show", lambda self, *given: None)
     monkeypatch.setattr("common.draw_log", lambda folder: None)
 
@@ -150,3 +154,39 @@ class TinyInception(torch.nn.Module):
 
     def forward(self, x: torch.Tensor, return_features: bool = True) -> torch.Tensor:
         return torch.nn.functional.adaptive_avg_pool2d(x.float(), 2).flatten(1)
+
+
+# In closed form, 1-D: teacher N(0, 1), student x = m + s z with m = 0.7, s = 0.8, its score exact.
+
+
+def hermite(n):
+    """Gauss-Hermite for two normal numbers: z, eps (n * n, 1), their weights (n * n,)."""
+    nodes, w = [torch.tensor(v) for v in np.polynomial.hermite_e.hermegauss(n)]
+    z, eps = torch.cartesian_prod(nodes, nodes).split(1, 1)
+    return z, eps, torch.outer(w, w).flatten() / w.sum() ** 2
+
+
+def student_slope(loss, sigma, attached=False):
+    """d/d(m, s) of E loss(x, d_real, d_fake, r) with r = p / q; x_t may depend on x, or not."""
+    from common import GaussianMixture, level
+    z, eps, w = hermite(80)
+    x = (0.7 + 0.8 * z).requires_grad_()
+    x_t, sigma = x + sigma * eps, level(x, sigma)
+    x_t = x_t if attached else x_t.detach()
+    p = GaussianMixture(torch.zeros(1, 1, dtype=F64), 1.0)
+    q = GaussianMixture(torch.full((1, 1), 0.7, dtype=F64), 0.8)
+    r = (p.log_prob(x_t, sigma) - q.log_prob(x_t, sigma)).exp().detach()
+    g, = torch.autograd.grad(loss(x, p(x_t, sigma), q(x_t, sigma), r).sum(), x)
+    return torch.stack([(w * g[:, 0]).sum(), (w * (g * z)[:, 0]).sum()])
+
+
+def divergence_slope(f, sigma, frozen=False):
+    """d/d(m, s) of the integral of q f(r, y), y the denoisers' difference; q moves, or not."""
+    m, s = [torch.tensor(v, dtype=F64, requires_grad=True) for v in (0.7, 0.8)]
+    x_t = torch.linspace(-14, 14, 40001, dtype=F64) * (0.64 + sigma**2) ** 0.5
+    q = torch.distributions.Normal(m, (s**2 + sigma**2).sqrt()).log_prob(x_t)
+    p = torch.distributions.Normal(0 * m, (1 + sigma**2) ** 0.5).log_prob(x_t)
+    y = m + s**2 / (s**2 + sigma**2) * (x_t - m) - x_t / (1 + sigma**2)
+    law = q.exp().detach() if frozen else q.exp()
+    value = torch.trapezoid(law * f((p - q).exp(), y), x_t)
+    return torch.stack(torch.autograd.grad(value, (m, s)))
