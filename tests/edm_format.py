@@ -155,7 +155,8 @@ class EasyDict(dict):
 
 
 # under the names that EDM's have, so that pickle writes these names down
-_reconstruct_persistent_obj.__module__, EasyDict.__module__ = "torch_utils.persistence", "dnnlib.util"
+_reconstruct_persistent_obj.__module__ = "torch_utils.persistence"
+EasyDict.__module__ = "dnnlib.util"
 MODULES = {name: SimpleNamespace() for name in ("torch_utils", "dnnlib")}
 MODULES["dnnlib.util"] = SimpleNamespace(EasyDict=EasyDict)
 MODULES["torch_utils.persistence"] = SimpleNamespace(

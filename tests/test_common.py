@@ -284,14 +284,12 @@ def test_toy_metrics():
 
 
 def test_frechet_distance_of_gaussians():
-    """|m|^2 + |sqrt C1 - sqrt C2|^2 if they commute, else by the eigenvalues of the product."""
-    q, m = torch.linalg.qr(torch.randn(6, 6, dtype=F64))[0], torch.randn(6, dtype=F64)
-    a, b = torch.rand(2, 6, dtype=F64) + 0.1
-    got = frechet_distance(m, q * a @ q.T, 0 * m, q * b @ q.T)
-    assert got == pytest.approx(float(m @ m + (a.sqrt() - b.sqrt()).square().sum()))
+    """|m1 - m2|^2 + tr(C1 + C2) - 2 sum of the roots of the product's eigenvalues."""
+    m, n = torch.randn(2, 6, dtype=F64)
     c1, c2 = [r @ r.T for r in torch.randn(2, 6, 8, dtype=F64)]
     root = torch.linalg.eigvals(c1 @ c2).real.sqrt().sum()
-    assert frechet_distance(m, c1, m, c2) == pytest.approx(float((c1 + c2).trace() - 2 * root))
+    want = (m - n).square().sum() + (c1 + c2).trace() - 2 * root
+    assert frechet_distance(m, c1, n, c2) == pytest.approx(float(want))
 
 
 def test_precision_recall():
@@ -360,19 +358,18 @@ def test_default_preset_flag(monkeypatch):
     presets = {"grid": dict(steps=7, lr=0.5), "js": dict(bins=3), "grid js": dict(bins=5, ema=0.5)}
     monkeypatch.setattr(fdistill, "PRESETS", presets)
     assert quick().bins == 3 and quick(divergence="rkl").bins == 10
-    cfg = common.parse(fdistill.Config, presets, ["--data", "grid", "--lr", "0.25", "--cond"])
+    argv = ["--data", "grid", "--lr", "0.25", "--cond", "--teacher", "runs/x"]
+    cfg = common.parse(fdistill.Config, presets, argv)
     assert (cfg.steps, cfg.lr, cfg.bins, cfg.ema, cfg.cond) == (7, 0.25, 5, 0.5, True)
-    assert cfg == fdistill.Config(data="grid", lr=0.25, cond=True)
-
-
-@pytest.mark.parametrize("data", fdistill.PRESETS)
-def test_python_means_the_command_line(data):
-    """Config(data="cifar10") has the preset's settings; a folder's last slash means nothing."""
-    cfg = fdistill.Config(data=data, teacher="runs/x/", minutes=3)
-    argv = ["--data", data, "--teacher", "runs/x", "--minutes", "3"]
-    assert cfg == common.parse(fdistill.Config, fdistill.PRESETS, argv) and cfg.sigma_max == 80
-    assert cfg.flip == (data in ("cifar10", "imagenet64"))              # digits are not mirrored
+    assert cfg == fdistill.Config(data="grid", lr=0.25, cond=True, teacher="runs/x/")
     assert dataclasses.replace(cfg, steps=5).steps == 5
+
+
+def test_presets():
+    """Only photographs are mirrored, not digits; images need EDM's highest noise."""
+    for data in fdistill.PRESETS:
+        cfg = fdistill.Config(data=data)
+        assert cfg.flip == (data in ("cifar10", "imagenet64")) and cfg.sigma_max == 80
 
 
 @pytest.mark.parametrize("line", [
@@ -400,10 +397,8 @@ NET, RING = Denoiser(MLP(2, width=8)), load_data(CPU)
 @pytest.mark.parametrize("words, function, given, flags", [
     ("wants", GaussianMixture, [torch.zeros(2, 2)], dict(std=-1.0)),
     ("wants", GaussianMixture, [torch.zeros(2, 2)], dict(weights=[1.0])),
-    ("wants", GaussianMixture, [torch.zeros(2, 2)], dict(groups=[0])),
     ("--divergence", fdistill.Config, [], dict(divergence="kl")),
     ("--steps", fdistill.Config, [], dict(stpes=3)),
-    ("--steps", fdistill.Config, [], dict(steps=1.5)),
     ("--cond", fdistill.Config, [], dict(cond=1)),
     ("square", load_data, [CPU, torch.zeros(9, 3, 29, 29)], {}),
     ("square", load_data, [CPU, torch.zeros(9, 2, 8, 8)], {}),
@@ -411,7 +406,6 @@ NET, RING = Denoiser(MLP(2, width=8)), load_data(CPU)
     ("no labels", load_data, [quick(cond=True), torch.randn(9, 2)], {}),
     ("makes", load_teacher, [CPU, RING, Denoiser(MLP(3, width=8))], {}),
     ("makes", load_teacher, [CPU, RING, Denoiser(MLP(2, 8, width=8))], {}),
-    ("makes", load_teacher, [CPU, RING, Denoiser(UNet(8, width=8, mult=(1,)))], {}),
     ("teacher gives", load_teacher, [CPU, RING, lambda x_t, sigma, label=None: x_t[:, :1]], {}),
     ("pass a copy", common.initial_student, [CPU, RING, NET, NET], {})])
 def test_what_does_not_fit(words, function, given, flags):
@@ -428,15 +422,3 @@ def test_folder_names():
     assert len(set(names)) == len(cases)
     assert names[:3] == ["runs/x-ring-0", "runs/x-ring-divergence=rkl-0", "runs/x-ring-1"]
     assert common.run_folder(fdistill.Config(data="cifar10"), "x").name == "x-cifar10-0"
-
-
-def test_folder_is_looked_at_first(no_pictures, monkeypatch):
-    """Another run's --out is refused before a teacher is fitted; all files lie beside --out."""
-    Path("here").mkdir()
-    monkeypatch.chdir("here")
-    fdistill.train(quick(out="../there/run"))
-    assert not list(Path().iterdir()) and len(list(Path("../there").iterdir())) == 2
-    monkeypatch.setattr(fdistill, "load_teacher", lambda *_: pytest.fail("too late"))
-    for flags in (dict(out="../there/run", bins=3), dict(out="../here")):
-        with pytest.raises(UserError, match="--out"):
-            fdistill.train(quick(**flags))

@@ -93,22 +93,24 @@ def test_mnist(folder, zipped):
     refused("--data_dir", "mnist")
 
 
-def write_cifar(folder, n=20):
-    """Five files in the official layout with n random images each; returns the rows."""
-    Path(folder).mkdir(parents=True)
-    rows = random_images(5, n, 3073)
+def write_cifar(folder, inside="cifar-10-batches-bin", label=0):
+    """Five files in the official layout with 20 random images each, and FOLDER.tar.gz of them;
+    returns the rows."""
+    rows = random_images(5, 20, 3073)
     rows[:, :, 0] %= 10
+    rows[3, 3, 0] += label
+    Path(folder, inside).mkdir(parents=True)
     for i in range(5):
-        Path(folder, f"data_batch_{i + 1}.bin").write_bytes(rows[i].tobytes())
+        Path(folder, inside, f"data_batch_{i + 1}.bin").write_bytes(rows[i].tobytes())
+    with tarfile.open(f"{folder}.tar.gz", "w:gz") as tar:
+        tar.add(f"{folder}/{inside}", inside)
     return rows.reshape(-1, 3073)
 
 
-@pytest.mark.parametrize("where", ["d", "d/cifar-10-batches-bin", "mine.tar.gz", "mine.zip"])
+@pytest.mark.parametrize("where", ["d", "d/cifar-10-batches-bin", "d.tar.gz", "mine.zip"])
 def test_cifar10(where):
     """The folder, the archive under any name, which is not unpacked, and EDM's zip."""
-    rows = write_cifar("d/cifar-10-batches-bin")
-    with tarfile.open("mine.tar.gz", "w:gz") as tar:
-        tar.add("d/cifar-10-batches-bin", "cifar-10-batches-bin")
+    rows = write_cifar("d")
     write_zip("mine.zip", rows[:, 1:].reshape(-1, 3, 32, 32), rows[:, 0].tolist())
     data = load("cifar10", where, cond=True)
     assert np.array_equal(data.images.flatten(1), rows[:, 1:])
@@ -117,20 +119,15 @@ def test_cifar10(where):
 
 
 def test_wrong_cifar10():
-    """Cut off, foreign, the python version, a label of 11, a lone file, no files."""
-    write_cifar("x")
-    for name, inside in (("cut", "cifar-10-batches-bin"), ("python", "cifar-10-batches-py")):
-        with tarfile.open(f"{name}.tar.gz", "w:gz") as tar:
-            for file in sorted(Path("x").iterdir()):
-                tar.add(file, f"{inside}/{file.stem if name == 'python' else file.name}")
+    """Cut off, foreign, a label over 9, a file that lacks, no files."""
+    write_cifar("cut")
     Path("cut.tar.gz").write_bytes(Path("cut.tar.gz").read_bytes()[:200_000])
     Path("page.tar.gz").write_text("<html>not found</html>")
-    write_cifar("label")
-    Path("label/data_batch_3.bin").write_bytes(bytes([11]) * 3073)
-    Path("lone").mkdir()
-    Path("lone/data_batch_1.bin").write_bytes(bytes(3073))
-    for where, words in {"cut.tar.gz": "binary", "python.tar.gz": "binary", "page.tar.gz": "binary",
-                         "label": "11", "lone": "batch_2.bin", "nowhere": "nothing"}.items():
+    write_cifar("label", label=20)
+    write_cifar("lacks")
+    Path("lacks/cifar-10-batches-bin/data_batch_2.bin").unlink()
+    for where, words in {"cut.tar.gz": "binary", "page.tar.gz": "binary", "label": "a label is 2",
+                         "lacks": "batch_2.bin", "nowhere": "nothing"}.items():
         refused(words, "cifar10", where)
 
 

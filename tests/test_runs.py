@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -151,24 +152,26 @@ def test_a_teacher_of_nans_is_noticed(no_pictures):
         fdistill.train(cfg, teacher=Broken(common.MLP(width=8)))
 
 
-def test_folders_are_never_overwritten(no_pictures):
-    """Other settings, or no run's folder: refused by name. The same settings: it is kept."""
-    flags = [*QUICK, "--out", "run"]
+def test_folders_are_never_overwritten(no_pictures, monkeypatch):
+    """The same settings: the old run is kept. Other settings, or no run's folder: refused by name
+    before a teacher is fitted. All files lie beside --out."""
+    flags = [*QUICK, "--out", "all/run"]
     assert main_in_process(fdistill, *flags, "--teacher", "typo.pt")[0] == 2
     assert main_in_process(fdistill, *flags)[0] == 0
-    code, err = main_in_process(fdistill, *flags, "--lr", "0.5")
-    assert code == 2 and "--lr 0.002" in err and "0.5" in err
-    first = Path("run/last.pt").read_bytes()
+    assert len(list(Path("all").iterdir())) == 2 and len(list(Path().iterdir())) == 1
+    first = Path("all/run/last.pt").read_bytes()
     assert main_in_process(fdistill, *flags)[0] == 0
-    assert [p.read_bytes() for p in Path().glob("run~*/last.pt")] == [first]
-    Path("mine").mkdir()
-    Path("mine/config.json").write_text('{"model_type": "unet"}')       # of another project
-    Path("mine/thesis.txt").write_text("years of work")
-    code, err = main_in_process(fdistill, *QUICK, "--out", "mine")
-    assert code == 2 and "no run's folder" in err and Path("mine/thesis.txt").exists()
-    Path("run/last.pt").write_bytes(first[:1000])
+    assert [p.read_bytes() for p in Path().glob("all/run~*/last.pt")] == [first]
+    Path("all/run/last.pt").write_bytes(first[:1000])
     code, err = main_in_process(fdistill, *flags, "--resume")
     assert code == 2 and "last.pt is damaged" in err
+    monkeypatch.setattr(fdistill, "load_teacher", lambda *_: pytest.fail("too late"))
+    code, err = main_in_process(fdistill, *flags, "--lr", "0.5")
+    assert code == 2 and "--lr 0.002" in err and "0.5" in err
+    Path("mine").mkdir()
+    Path("mine/config.json").write_text('{"model_type": "unet"}')       # of another project
+    code, err = main_in_process(fdistill, *QUICK, "--out", "mine")
+    assert code == 2 and "no run's folder" in err and len(list(Path("mine").iterdir())) == 1
 
 
 @pytest.mark.background
@@ -227,15 +230,12 @@ def test_minutes(monkeypatch, no_pictures):
 
 def test_full_memory(monkeypatch):
     """Out of memory is one sentence; other errors of PyTorch stay what they are."""
-    for error in (torch.OutOfMemoryError("CUDA out of memory"), MemoryError()):
-        def train(cfg, error=error):
-            raise error
-
-        monkeypatch.setattr(fdistill, "train", train)
+    full = [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()]
+    monkeypatch.setattr(fdistill, "train", mock.Mock(side_effect=[*full, RuntimeError("odd size")]))
+    for _ in full:
         code, err = main_in_process(fdistill)
         assert code == 2 and "--accumulate" in err
-    monkeypatch.setattr(fdistill, "train", lambda cfg: torch.zeros(2) @ torch.zeros(3))
-    with pytest.raises(RuntimeError, match="size"):
+    with pytest.raises(RuntimeError, match="odd size"):
         main_in_process(fdistill)
 
 
