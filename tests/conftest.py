@@ -92,7 +92,7 @@ def start(*args, cwd=".", **env):
 def run(*args, cwd=".", **env):
     """(exit code, stdout, stderr) of it."""
     process = start(*args, cwd=cwd, **env)
-    out, err = process.communicate(timeout=240)
+    out, err = process.communicate(timeout=600)
     return process.returncode, out, err
 
 

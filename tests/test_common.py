@@ -271,8 +271,7 @@ def test_energy_coefficient():
 
 
 def test_toy_metrics():
-    """Fresh data: H near 0, 98.9 % near a mode; without one of eight modes H is about 0.009. Modes'
-    weights are relative to the true ones: exact shares count 1."""
+    """H of fresh data, and about 0.009 without a mode; true shares count 1 in mode_min and max."""
     m = TOYS["ring"]
     good, (x, label) = common.toy_metrics(m.sample(10000)[0], m), m.sample(10000)
     assert abs(good["H"]) < 3e-4 and good["in_3std"] == pytest.approx(0.989, abs=0.003)
@@ -319,8 +318,7 @@ def fid_of_itself(cfg, images, data=None):
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_fid(channels):
-    """Names tell samples and reference; the data itself has 0, grey or not, also given as floats;
-    nothing warns."""
+    """Names tell samples and reference; the data itself has 0, also as floats; nothing warns."""
     cfg, images, _ = fid_case(channels)
     for data in (images, images / 127.5 - 1):
         with warnings.catch_warnings():
