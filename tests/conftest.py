@@ -15,6 +15,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+SCRIPTS = ["fdistill", "dmd", "sim", "consistency", "rectflow"]
 QUICK = "--steps 2 --teacher_steps 2 --batch 256 --samples 64 --every 2".split()
 TINY = dict(device="cpu", steps=4, batch=32, width=16, teacher_steps=20, samples=200, every=2)
 F64 = torch.float64
@@ -34,7 +35,7 @@ def pytest_configure(config):
     """Warnings that our own files cause are errors; PyTorch has announcements of its own."""
     config.addinivalue_line("markers", "slow: takes minutes; only with --slow")
     config.addinivalue_line("markers", "background: takes processes of its own; runs meanwhile")
-    for name in ("common", "fdistill", "dmd", "sim", "consistency", "rectflow"):
+    for name in ("common", *SCRIPTS):
         config.addinivalue_line("filterwarnings", f"error:::{name}$")
     torch.set_num_threads(1)
 
@@ -84,27 +85,28 @@ def no_pictures(monkeypatch):
     monkeypatch.setattr("common.draw_log", lambda folder: None)
 
 
-def start(script, *args, cwd="."):
-    """A script as a process of its own, one thread, output captured."""
+def start(*args, cwd=".", **env):
+    """A script of ours, or `-c CODE`, as a process of its own, one thread, output captured."""
+    first = ROOT / args[0] if args[0].endswith(".py") else args[0]
     return subprocess.Popen(
-        [sys.executable, str(ROOT / script), *map(str, args)], cwd=cwd, text=True,
-        env=dict(os.environ, OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1"), stdout=-1, stderr=-1)
+        [sys.executable, first, *map(str, args[1:])], cwd=cwd, text=True, stdout=-1, stderr=-1,
+        env=dict(os.environ, OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1", **env))
 
 
-def run(script, *args, cwd="."):
-    """(exit code, stdout, stderr) of a script."""
-    process = start(script, *args, cwd=cwd)
-    out, err = process.communicate(timeout=240)
+def run(*args, cwd=".", **env):
+    """(exit code, stdout, stderr) of it."""
+    process = start(*args, cwd=cwd, **env)
+    out, err = process.communicate(timeout=600)
     return process.returncode, out, err
 
 
-def main_in_process(module, *args):
+def main_in_process(module, *args, out=None):
     """(exit code, stderr) of a module's command line without the cost of a process."""
-    err = io.StringIO()
+    err, out = io.StringIO(), out or io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, args)])
         try:
-            with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
+            with contextlib.redirect_stderr(err), contextlib.redirect_stdout(out):
                 module.main(module.Config, module.PRESETS, module.train, module.sample)
         except SystemExit as e:
             return e.code, err.getvalue()
@@ -116,29 +118,23 @@ def flat(module):
     return torch.cat([p.detach().flatten() for p in module.parameters()])
 
 
-class PowerCut(Exception):
-    """What ends a run in a test."""
-
-
 def check_resume(train, quick, *given, **flags):
-    """
-    4 steps, an exception in the 5th's update_ema, --resume: last.pt as after 6 steps in one go, to
-    the bit. quick(**flags) makes the Config; `given` is data, teacher and so on for train.
-    """
+    """4 steps, an exception in the 5th's update_ema, --resume: last.pt as after 6 steps in one go,
+    to the bit. quick(**flags) makes the Config; `given` is data, teacher and so on for train."""
     module, calls = sys.modules[train.__module__], []
     update = module.update_ema
 
     def dying(*args):
         calls.append(args)
         if len(calls) > 4:
-            raise PowerCut
+            raise RuntimeError("power cut")
         update(*args)
 
     def go(out, **more):
         return train(quick(steps=6, every=2, out=out, **flags, **more), *copy.deepcopy(given))
 
     go("runs/straight")
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(PowerCut):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="cut"):
         patch.setattr(module, "update_ema", dying)
         go("runs/broken")
     go("runs/broken", resume=True)

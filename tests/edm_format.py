@@ -3,8 +3,8 @@ EDM's checkpoint format from its facts, without EDM's code: the names and sizes 
 data, its forward pass in plain functions of tensors, and pickles as its `persistence` makes them.
 """
 import pickle
-import sys
-import types
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import torch
@@ -146,32 +146,34 @@ def forward(W, x, sigma, label=None, sigma_data=0.5):
 SOURCE = "import pathlib\npathlib.Path('EXECUTED').touch()\n"       # EDM's own loader would run it
 
 
+def _reconstruct_persistent_obj(meta):
+    raise AssertionError("called")
+
+
+class EasyDict(dict):
+    pass
+
+
+# under the names that EDM's have, so that pickle writes these names down
+_reconstruct_persistent_obj.__module__ = "torch_utils.persistence"
+EasyDict.__module__ = "dnnlib.util"
+MODULES = {name: SimpleNamespace() for name in ("torch_utils", "dnnlib")}
+MODULES["dnnlib.util"] = SimpleNamespace(EasyDict=EasyDict)
+MODULES["torch_utils.persistence"] = SimpleNamespace(
+    _reconstruct_persistent_obj=_reconstruct_persistent_obj)
+
+
 class Persistent(torch.nn.Module):
     """A module of one of EDM's classes, pickled as its `persistent_class` does."""
 
     def __init__(self, kind, **given):
         super().__init__()
-        self.kind, self._init_args = kind, ()
-        self._init_kwargs = sys.modules["dnnlib.util"].EasyDict(given)
+        self.kind, self._init_args, self._init_kwargs = kind, (), EasyDict(given)
 
     def __reduce__(self):
         meta = dict(type="class", version=6, module_src=SOURCE, class_name=self.kind)
         meta["state"] = {k: v for k, v in vars(self).items() if k != "kind"}
-        return sys.modules["torch_utils.persistence"]._reconstruct_persistent_obj, (meta,)
-
-
-def fake_modules():
-    """Modules with the names that EDM's have, so that pickle writes these names down."""
-    def _reconstruct_persistent_obj(meta):
-        raise AssertionError("called")
-
-    found = {name: types.ModuleType(name) for name in
-             ("torch_utils", "torch_utils.persistence", "dnnlib", "dnnlib.util")}
-    _reconstruct_persistent_obj.__module__ = "torch_utils.persistence"
-    _reconstruct_persistent_obj.__qualname__ = "_reconstruct_persistent_obj"
-    found["torch_utils.persistence"]._reconstruct_persistent_obj = _reconstruct_persistent_obj
-    found["dnnlib.util"].EasyDict = type("EasyDict", (dict,), dict(__module__="dnnlib.util"))
-    return found
+        return _reconstruct_persistent_obj, (meta,)
 
 
 def edm_modules(net, weights, odd):
@@ -207,20 +209,12 @@ def edm_modules(net, weights, odd):
 
 def edm_bytes(net, weights=None, protocol=4, precond="EDMPrecond", sigma_data=0.5, odd={}):
     """A snapshot in EDM's format of a UNet, perhaps with other weights; odd {name: object} too."""
-    fakes = fake_modules()
-    old = {name: sys.modules.get(name) for name in fakes}
-    sys.modules.update(fakes)
-    try:
-        given = dict(img_resolution=net.spec["resolution"], img_channels=3, label_dim=net.label_dim)
-        outer = Persistent(precond, **given)
-        vars(outer).update(given, sigma_min=0, sigma_max=float("inf"), sigma_data=sigma_data)
-        outer.model = edm_modules(net, net.state_dict() if weights is None else weights, odd)
-        pipe = Persistent("AugmentPipe", wavelets=np.asarray([0.5, -0.5]), scale=np.sqrt(0.5))
-        kwargs = fakes["dnnlib.util"].EasyDict(class_name="training.dataset.ImageFolderDataset")
-        return pickle.dumps(dict(ema=outer.eval(), loss_fn=Persistent("EDMLoss", P_mean=-1.2),
-                                 augment_pipe=pipe, dataset_kwargs=kwargs), protocol)
-    finally:
-        for name, module in old.items():
-            del sys.modules[name]
-            if module is not None:
-                sys.modules[name] = module
+    given = dict(img_resolution=net.spec["resolution"], img_channels=3, label_dim=net.label_dim)
+    outer = Persistent(precond, **given)
+    vars(outer).update(given, sigma_min=0, sigma_max=float("inf"), sigma_data=sigma_data)
+    outer.model = edm_modules(net, net.state_dict() if weights is None else weights, odd)
+    pipe = Persistent("AugmentPipe", wavelets=np.asarray([0.5, -0.5]), scale=np.sqrt(0.5))
+    snapshot = dict(ema=outer.eval(), loss_fn=Persistent("EDMLoss", P_mean=-1.2), augment_pipe=pipe,
+                    dataset_kwargs=EasyDict(class_name="training.dataset.ImageFolderDataset"))
+    with mock.patch.dict("sys.modules", MODULES):
+        return pickle.dumps(snapshot, protocol)

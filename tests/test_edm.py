@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-import common
 import fdistill
 import fuzz_edm
 from common import Denoiser, Images, Shared, UNet, UserError, load_edm
@@ -51,23 +50,12 @@ def inputs(label_dim=10, side=32):
     return x_t, sigma, torch.eye(label_dim)[[0, 1, 0]] if label_dim else None
 
 
-@pytest.mark.parametrize("label_dim", [10, 0])
-@pytest.mark.parametrize("adm", [False, True])
-def test_outputs(adm, label_dim):
-    """Equal to the facts in plain functions to 2e-5 of their size at every noise level."""
-    net, at = network(adm, label_dim), inputs(label_dim)
-    got, want = Denoiser(net)(*at), forward(net.state_dict(), *at)
-    others = Denoiser(network(adm, label_dim, seed=1))(*at)
-    for a, b, other in zip(got, want, others):
-        assert (a - b).norm() < 2e-5 * b.norm() < 2e-1 * (other - b).norm()
-
-
 @pytest.mark.parametrize("protocol, spec", [
     (3, dict(adm=False)), (4, dict(adm=True)), (5, dict(adm=False, label_dim=0)),
-    (4, dict(adm=True, blocks=3, attention=(32, 16, 8))),
+    (4, dict(adm=True, label_dim=0, blocks=3, attention=(32, 16, 8))),
     (4, dict(adm=False, label_dim=0, resolution=64, width=8, mult=(1, 2, 2, 2), blocks=4))])
 def test_a_file_of_edm(protocol, spec):
-    """Dimensions by constructor arguments (the last is FFHQ's and AFHQ's kind); nothing is run."""
+    """Read, not run (the last is FFHQ's kind); equal to the facts' functions to 2e-5 of its size."""
     net = network(**spec)
     Path("edm.pkl").write_bytes(edm_bytes(net, protocol=protocol, sigma_data=0.4))
     d, at = load_edm("edm.pkl", CPU), inputs(net.label_dim, net.shape[1])
@@ -75,8 +63,9 @@ def test_a_file_of_edm(protocol, spec):
     assert (d.shape, d.label_dim) == (net.shape, net.label_dim)
     for name, p in d.net.state_dict().items():
         assert torch.equal(p, net.state_dict()[name]), name
-    want = forward(net.state_dict(), *at, sigma_data=0.4)
-    torch.testing.assert_close(d(*at), want, rtol=2e-5, atol=2e-5)
+    other = Denoiser(network(seed=1, **spec), 0.4)      # so much a network's weights matter
+    for a, b, c in zip(d(*at), forward(net.state_dict(), *at, sigma_data=0.4), other(*at)):
+        assert (a - b).norm() < 2e-5 * b.norm() < 2e-1 * (c - b).norm()
     assert not Path("EXECUTED").exists() and "torch_utils" not in sys.modules
 
 
@@ -85,36 +74,23 @@ def test_half_precision():
     half = {name: p.half() for name, p in net.state_dict().items()}
     Path("edm.pkl").write_bytes(edm_bytes(net, half))
     for name, p in load_edm("edm.pkl", CPU).net.state_dict().items():
-        assert torch.equal(p, half[name].float())
-
-
-@pytest.mark.parametrize("module", ["numpy.core.multiarray", "numpy._core.multiarray"])
-def test_old_and_new_names_of_numpy(module):
-    """numpy's scalars among the settings do not matter, under the name before and after numpy 2."""
-    raw, name = edm_bytes(fuzz_edm.tiny()), np.float64(1).__reduce__()[0].__module__
-    assert fuzz_edm.short(name) in raw
-    Path("edm.pkl").write_bytes(raw.replace(fuzz_edm.short(name), fuzz_edm.short(module)))
-    assert load_edm("edm.pkl", CPU).net.spec["width"] == 4
-
-
-def other_files():
-    """(bytes, words of the sentence) of files that are no EDM checkpoint."""
-    net, zipped = fuzz_edm.tiny(), io.BytesIO()
-    weights, good = net.state_dict(), edm_bytes(net)
-    torch.save(weights, zipped)
-    no_proj = {name: p for name, p in weights.items() if "proj" not in name}
-    return [(b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n", ""), (b"", ""),
-            (b"\n<!DOCTYPE html><html>404</html>", ""), (zipped.getvalue(), ""),
-            (good[:len(good) // 2], ""), (pickle.dumps(dict(a=1)), ""), (pickle.dumps([1, 2]), ""),
-            (pickle.dumps(random.Random(0)), ""), (pickle.dumps(dict(ema=torch.zeros(2))), ""),
-            (edm_bytes(net, precond="VPPrecond"), "VPPrecond"), (edm_bytes(net, no_proj), "DDPM"),
-            (edm_bytes(net, precond="Precond"), "EDM2"), (edm_bytes(net, sigma_data=-1), "sigma_d"),
-            (edm_bytes(net, weights | {"map_noise.freqs": torch.zeros(3)}), "DDPM")]
+        assert p.dtype == torch.float32 and torch.equal(p, half[name].float())
 
 
 def test_other_files():
     """Each is refused in one sentence, EDM2's by its name."""
-    for raw, words in other_files():
+    net, zipped = fuzz_edm.tiny(), io.BytesIO()
+    weights, good = net.state_dict(), edm_bytes(net)
+    torch.save(weights, zipped)
+    no_proj = {name: p for name, p in weights.items() if "proj" not in name}
+    for raw, words in (
+            (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n", ""), (b"", ""),
+            (b"\n<!DOCTYPE html><html>404</html>", ""), (zipped.getvalue(), ""),
+            (good[:len(good) // 2], ""), (pickle.dumps(dict(a=1)), ""), (pickle.dumps([1, 2]), ""),
+            (pickle.dumps(dict(ema=torch.zeros(2))), ""), (edm_bytes(net, no_proj), "DDPM"),
+            (edm_bytes(net, precond="VPPrecond"), "VPPrecond"),
+            (edm_bytes(net, precond="Precond"), "EDM2"), (edm_bytes(net, sigma_data=-1), "sigma_d"),
+            (edm_bytes(net, weights | {"map_noise.freqs": torch.zeros(3)}), "DDPM")):
         Path("x.pkl").write_bytes(raw)
         with pytest.raises(UserError, match=f"^x.pkl is no EDM checkpoint: .*{words}[^\n]*$"):
             load_edm("x.pkl", CPU)
@@ -143,10 +119,7 @@ def test_a_script_takes_it_as_its_teacher(no_pictures):
     data = Images(np.random.default_rng(0).integers(0, 256, (20, 3, 32, 32), np.uint8),
                   np.arange(20) % 10)
     flags = dict(data="cifar10", device="cpu", steps=2, batch=4, accumulate=2, samples=4)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fdistill, "gallery", lambda *_: ({}, torch.randn(2, 3, 32, 32), None))
-        _, run = fdistill.train(fdistill.Config(teacher="edm.pkl", recompute=True, **flags), data)
-        fdistill.train(fdistill.Config(teacher=str(run.dir), **flags), data)
+    _, run = fdistill.train(fdistill.Config(teacher="edm.pkl", recompute=True, **flags), data)
+    fdistill.train(fdistill.Config(teacher=str(run.dir), **flags), data)
     with pytest.raises(UserError, match="--cond"):
-        common.load_teacher(fdistill.Config(teacher="edm.pkl", cond=False, **flags),
-                            common.load_data(fdistill.Config(cond=False, **flags), data))
+        fdistill.train(fdistill.Config(teacher="edm.pkl", cond=False, **flags), data)

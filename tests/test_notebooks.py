@@ -7,9 +7,7 @@ import base64
 import importlib.util
 import io
 import json
-import os
 import re
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -55,8 +53,8 @@ def execute(file):
 @pytest.mark.background
 @pytest.mark.parametrize("name", NAMES)
 def test_runs(tmp_path, name):
-    """Every cell, in order, with few updates and a tenth of the samples; the worked answers of
-    solutions/ in the exercises' cells, which find them right."""
+    """Every cell, with few updates and a tenth of the samples; the worked answers are right."""
+    from conftest import run                            # here: execute alone starts without PyTorch
     book, cells, texts = load(name)
     parts = re.split(r"^# Exercise (\d)", (FOLDER / f"solutions/{name}.py").read_text(), flags=re.M)
     for cell, text in zip(cells, texts):
@@ -67,43 +65,33 @@ def test_runs(tmp_path, name):
         text = re.sub(r"^SECONDS = \d+", "SECONDS = 1", text, flags=re.M)
         cell["source"] = text.replace("000", "00")
     (tmp_path / f"{name}.ipynb").write_text(json.dumps(book))
-    env = dict(os.environ, IPYTHONDIR=str(tmp_path), JUPYTER_RUNTIME_DIR=str(tmp_path),
-               OMP_NUM_THREADS="1", MPLBACKEND="agg")
-    p = subprocess.run([sys.executable, __file__, tmp_path / f"{name}.ipynb"], cwd=FOLDER, env=env,
-                       capture_output=True, text=True, timeout=240)
-    assert p.returncode == 0, p.stderr
-    assert p.stdout.count(": right") == len(parts) // 2 and "not yet" not in p.stdout
+    code, out, err = run(__file__, tmp_path / f"{name}.ipynb", cwd=FOLDER, MPLBACKEND="agg",
+                         IPYTHONDIR=str(tmp_path), JUPYTER_RUNTIME_DIR=str(tmp_path))
+    assert code == 0, err
+    assert out.count(": right") == len(parts) // 2 and "not yet" not in out
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_form(name):
-    """At most 17 code cells, run in order, no magics, one thread, wide pictures, 200 KB."""
+    """At most 17 code cells, run in order, no magics, one thread, wide pictures, 200 KB. What to
+    know before and after, how to open it in Colab, two to four exercises without answers."""
     raw = (FOLDER / f"{name}.ipynb").read_text()
-    _, cells, texts = load(name)
-    code = "\n".join(texts)
+    book, cells, texts = load(name)
     assert [c["execution_count"] for c in cells] == [*range(1, len(cells) + 1)] and len(cells) <= 17
-    assert not re.search("^[%!]|^.{101}", code, re.M) and "torch.set_num_threads(1)" in texts[0]
+    assert not re.search("^[%!]|^.{101}", "\n".join(texts), re.M)
+    assert "torch.set_num_threads(1)" in texts[0]
     assert len(raw) <= 200_000 and not re.search('"(error|stderr)"', raw)
     pngs = re.findall(r'"image/png": "([^"\\]+)', raw)
     assert pngs and all(int.from_bytes(base64.b64decode(p)[16:20], "big") >= 900 for p in pngs)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_course(name):
-    """What to know before and after, how to open it in Colab, pictures that are there, two to four
-    exercises, which wait for an answer in what is stored."""
-    raw = (FOLDER / f"{name}.ipynb").read_text()
-    opening = "".join(load(name)[0]["cells"][0]["source"])
     for words in ("**Know before:**", "**Know after:**", "**Open in Colab:**"):
-        assert words in opening
-    for path in re.findall(r"!\[.*?\]\((\S+?)\)", raw):
-        assert (FOLDER / path).exists()
+        assert words in "".join(book["cells"][0]["source"])
+    assert all((FOLDER / path).exists() for path in re.findall(r"!\[.*?\]\((\S+?)\)", raw))
     assert 2 <= raw.count("# Exercise ") == raw.count(": not yet\\n") <= 4
 
 
 def run_here(texts, monkeypatch):
     """The names that some cells leave, run in this process, without Jupyter."""
-    import matplotlib.pyplot as plt                     # here: execute alone starts without PyTorch
+    import matplotlib.pyplot as plt
     for name in ("IPython", "IPython.display"):
         monkeypatch.setitem(sys.modules, name, JUPYTER)
     monkeypatch.setattr("common.Run.show", None)        # the cells set it: so it is put back
@@ -129,8 +117,7 @@ def test_sources(name, monkeypatch):
 @pytest.mark.parametrize("name", METHODS)
 def test_loop(name, monkeypatch, no_pictures):
     """The loop that a reader sees, at most 30 lines, gives the weights of the script's train after
-    20 steps, to the bit: same seed, data, teacher, start and order of random draws. Both without
-    the script's pictures, for which consistency draws random numbers."""
+    20 steps, to the bit; both without pictures, for which consistency draws random numbers."""
     from conftest import flat
     _, _, texts = load(name)
     shown = [text for text in texts if re.match("# (helpers|networks|loop)", text)]

@@ -62,12 +62,12 @@ def test_loss_with_gradient():
     assert all(t.grad is None for t in rest)
 
 
-@pytest.mark.parametrize("k, shape", [(1, (4, 3)), (2, (4, 1)), (3, (3,)), (3, (4, 1))])
-def test_wrong_shapes(k, shape):
-    args = inputs((4, 2))
-    args[k] = torch.zeros(shape)
-    with pytest.raises(UserError):
-        weighted_score_gradient(*args)
+def test_wrong_shapes():
+    for k, shape in ((1, (4, 3)), (2, (4, 1)), (3, (3,)), (3, (4, 1))):
+        args = inputs((4, 2))
+        args[k] = torch.zeros(shape)
+        with pytest.raises(UserError):
+            weighted_score_gradient(*args)
 
 
 def test_a_compiler_that_fails(monkeypatch):
@@ -143,25 +143,17 @@ def test_kernel_is_the_formula(shape, kernel):
     args = inputs(shape)
     got = by_kernel(kernel, *args)
     torch.testing.assert_close(got.double(), formula(*args), rtol=2e-5, atol=1e-6)
-
-
-def test_kernel_with_non_finite_values(kernel):
     args = broken_inputs()
     torch.testing.assert_close(by_kernel(kernel, *args), weighted_score_gradient(*args))
 
 
-def nvrtc():
-    """NVRTC from the wheel nvidia-cuda-nvrtc, or of a CUDA build of PyTorch; None without."""
-    for folder in Path(torch.__file__).parent.parent.glob("nvidia/*/lib"):
-        for path in folder.glob("libnvrtc.so*"):
-            return ctypes.CDLL(str(path))
-
-
-@pytest.mark.skipif(nvrtc() is None, reason="needs the wheel nvidia-cuda-nvrtc")
 @pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"])
 def test_kernel_compiles(arch):
-    lib, program = nvrtc(), ctypes.c_void_p()
-    source = common.WEIGHTING_CUDA.encode()
+    """By NVRTC from the wheel nvidia-cuda-nvrtc, or of a CUDA build of PyTorch."""
+    path = next(Path(torch.__file__).parent.parent.glob("nvidia/*/lib/libnvrtc.so*"), None)
+    if not path:
+        pytest.skip("needs the wheel nvidia-cuda-nvrtc")
+    lib, program, source = ctypes.CDLL(str(path)), ctypes.c_void_p(), common.WEIGHTING_CUDA.encode()
     options = (ctypes.c_char_p * 1)(f"-arch={arch}".encode())
     assert lib.nvrtcCreateProgram(ctypes.byref(program), source, b"", 0, None, None) == 0
     error = lib.nvrtcCompileProgram(program, 1, options)
