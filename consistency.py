@@ -108,7 +108,7 @@ PRESETS = {
     "cifar10 ect": dict(p_mean=-1.1, p_std=2.0, mid=1.64, c=0.0, stages=8, dropout=0.2),
     "cifar10 sct": dict(dropout=0.2),
     "cifar10 sprint": dict(mid=1.56, steps=100_000, warmup=0.1),
-    "cifar10 ctm": dict(N=18, lr=4e-4, mid=2.76, steps=100_000),
+    "cifar10 ctm": dict(N=18, lr=4e-4, mid=2.76, steps=100_000, accumulate=2),
     "cifar10 meanflow": dict(p_mean=-2.0, p_std=2.0, mid=2.76, lr=6e-4, equal=0.25, power=0.75,
                              floor=1e-3, dropout=0.2),
     # One GPU, 8 to 16 hours; --teacher edm-imagenet-64x64-cond-adm.pkl
