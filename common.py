@@ -455,7 +455,8 @@ def read_imagenet(cfg, where):
     need(names.exists() or not cfg.cond or not cfg.teacher.endswith(".pkl"), "the official "
          "map_clsloc.txt is missing: without it, classes are not in the teacher's order")
     labels = np.concatenate([np.load(file)["labels"].reshape(-1) for file in files])
-    need(labels.min() >= 1 and order[labels - 1].min() >= 0, "labels are not 1 to 1000, all mapped")
+    good = labels.min() >= 1 and labels.max() <= 1000 and order[labels - 1].min() >= 0
+    need(good, "labels are not 1 to 1000, all mapped")
     parts = (np.load(file)["data"].reshape(-1, 3, 64, 64) for file in files)
     return memory_map(cfg, files, (len(labels), 3, 64, 64), parts), order[labels - 1]
 

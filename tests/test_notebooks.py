@@ -58,12 +58,11 @@ def execute(file):
 @pytest.mark.slow
 @pytest.mark.background
 @pytest.mark.parametrize("name", NAMES)
-def test_runs(tmp_path, monkeypatch, name):
+def test_runs(tmp_path, name):
     """Every cell, with few updates and a tenth of the samples; the worked answers are right."""
     from conftest import run                            # here: execute alone starts without PyTorch
     from test_readme import build_world
-    monkeypatch.chdir(tmp_path)
-    build_world()                                       # with an MNIST of 20 images
+    build_world(tmp_path)                               # with an MNIST of 20 images
     book, cells, texts = load(name)
     parts = re.split(r"^# Exercise (\d)", (FOLDER / f"solutions/{name}.py").read_text(), flags=re.M)
     for cell, text in zip(cells, texts):

@@ -17,18 +17,18 @@ SMALL = ("--steps 2 --teacher_steps 2 --batch 64 --samples 8 --accumulate 1 --de
          "--dtype fp32")
 
 
-def build_world():
-    """What the commands name, tiny, in the working folder."""
+def build_world(folder):
+    """What the commands name, tiny, in this folder."""
     from PIL import Image
-    Path("data/mnist").mkdir(parents=True)
+    (folder / "data/mnist").mkdir(parents=True)
     pixels, digits = os.urandom(20 * 784), bytes(i % 10 for i in range(20))
-    Path("data/mnist/train-images-idx3-ubyte").write_bytes(bytes(16) + pixels)
-    Path("data/mnist/train-labels-idx1-ubyte").write_bytes(bytes(8) + digits)
-    Path("FOLDER/cats").mkdir(parents=True)
+    (folder / "data/mnist/train-images-idx3-ubyte").write_bytes(bytes(16) + pixels)
+    (folder / "data/mnist/train-labels-idx1-ubyte").write_bytes(bytes(8) + digits)
+    (folder / "FOLDER/cats").mkdir(parents=True)
     for i in range(4):
         pixels = torch.randint(256, (16, 16, 3), dtype=torch.uint8).numpy()
-        Image.fromarray(pixels).save(f"FOLDER/cats/{i}.png")
-    torch.jit.script(TinyInception()).save("FILE")
+        Image.fromarray(pixels).save(folder / f"FOLDER/cats/{i}.png")
+    torch.jit.script(TinyInception()).save(folder / "FILE")
 
 
 @pytest.mark.background
@@ -75,7 +75,7 @@ def test_links():
 
 
 if __name__ == "__main__":
-    build_world()
+    build_world(Path())
     torch.set_num_threads(1)
     common.Run.show = lambda self, *given: None
     for script, rest in [("fdistill", " --out runs/fdistill-ring-0"), *COMMANDS]:
