@@ -100,7 +100,7 @@ PRESETS = {
     "meanflow": dict(mid=2.76), "meanflow data": dict(lr=5e-4, equal=0.75),
     "mnist": dict(SMALL, c=0.015, cond=True), "mnist cd": dict(N=8, lr=1e-3),
     "images": dict(SMALL, c=0.03),
-    # One GPU, 3 to 6 hours. Rates, levels, dropout, sCM's 10,000 steps of warm-up: the papers'
+    # One GPU, 3 to 5 hours. Rates, levels, dropout, sCM's 10,000 steps of warm-up: the papers'
     "cifar10": dict(LARGE, net="ddpmpp", teacher_steps=100_000, steps=200_000, lr=1e-4, p_mean=-1.0,
                     p_std=1.4, warmup=0.05),
     "cifar10 cd": dict(N=18, lr=4e-4, mid=2.76),

@@ -160,6 +160,8 @@ def test_imagenet_batches_in_edms_order():
     assert data.labels.tolist() == [sorted(synsets).index(synsets[k - 1]) for k in labels]
     Path("map_clsloc.txt").write_text("".join(lines[:2]))
     refused("mapped", "imagenet64", cond=True)
+    write_batches(lowest=900)
+    refused("not 1 to 1000", "imagenet64")
 
 
 def contents(folder):
