@@ -72,7 +72,7 @@ class Shared:
     seed: int = 0               # random seed
     device: Literal["auto", "cpu", "cuda"] = "auto"     # where to run
     dtype: Literal["fp32", "bf16"] = "fp32"     # inside networks; bf16 is faster, coarser
-    compile: bool = False       # run the networks through torch.compile
+    compile: bool = False       # networks through torch.compile; copies (for a JVP) stay eager
     recompute: bool = False     # image networks: a third more time, much less memory
     every: int = 500            # steps between checkpoints
     samples: int = 20000        # samples to measure with, or to draw with --sample
