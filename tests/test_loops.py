@@ -110,3 +110,21 @@ def test_labels_for_an_unconditional_student(script):
     network.config = {}
     with pytest.raises(common.UserError, match="not class-conditional"):
         importlib.import_module(script).sample(network, 2, torch.eye(2))
+
+
+@pytest.mark.parametrize("script, flags", [
+    ("fdistill", dict(gan_weight=1.0)), ("fdistill", dict(divergence="fkl")),
+    ("fdistill", dict(bins=1)), ("dmd", dict(gan_weight=1.0)), ("sim", dict(alpha=1.2)),
+    ("consistency", dict(loss="meanflow", equal=0.9)), ("consistency", dict(loss="cd", N=5)),
+    ("rectflow", dict(stage="reflow", pairs=64, t_law="ushape"))])
+def test_a_flag_changes_the_student(script, flags):
+    """From the same seed, another value gives another student."""
+    kept = {name: flags[name] for name in ("loss", "stage", "pairs") if name in flags}
+    students = []
+    for given in (kept, flags):
+        train, quick, teacher = prepare(script, given)
+        torch.manual_seed(0)
+        for p in teacher.parameters() if teacher else []:
+            torch.nn.init.normal_(p, 0, 0.1)
+        students.append(flat(train(quick(out=f"runs/{len(students)}", **given), None, teacher)[0]))
+    assert not students[0].equal(students[1])
