@@ -17,7 +17,7 @@ small discriminator on its features, to which data stand for the teacher's sampl
 Differences from paper and code (NVIDIA's FastGen): 1. The discriminator reads the fake score's last
 feature, as in DMD2, not the frozen teacher's, at one label and level for data and student; head and
 fake score share an optimiser, the head has --disc_weight (FastGen: its own, 1).  2. Ratio bins are
-equal in count, not in width of sigma; means of r and h are over one process's part of a batch. 3.
+equal in count, not in width of sigma; means of r and h are over one process's part of a batch.  3.
 The fake score's loss has EDM's weight (official: none).  4. One EMA, warmed up (FastGen: three);
 over the last half the student's rate falls to 0, the critic's to a tenth.  5. Adam with betas (0,
 0.99), not AdamW with (0.9, 0.999); no R1 penalty (paper: 1 on CIFAR-10), no clipping.  6. Levels

@@ -127,7 +127,8 @@ if __name__ == "__main__":
         teacher = load_teacher(replace(cfg, teacher=args.ship), data)
     about = [Path(run) / "config.json" for run in args.runs]
     runs = [(json.loads(path.read_text())["script"], path.parent) for path in about]
-    for script in [] if runs or args.ship else ("fdistill", "dmd", "sim", "consistency", "rectflow"):
+    every = ("fdistill", "dmd", "sim", "consistency", "rectflow")
+    for script in [] if runs or args.ship else every:
         module, cpu = importlib.import_module(script), time.process_time()
         _, run = module.train(module.Config(**shared, minutes=args.minutes), teacher=teacher)
         print(f"{(time.process_time() - cpu) / 60:.1f} minutes of CPU")
