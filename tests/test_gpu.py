@@ -215,3 +215,11 @@ def test_bench_gpu(tmp_path):
         rows = json.loads((tmp_path / part / "results.json").read_text())
         assert p.returncode == 0 and len(rows) >= 2, p.stderr
         assert [row for row in rows if "error" in row["what"]] == []
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_group_norm_keeps_bf16():
+    """Autocast alone would work in float32, and keep a copy twice as large for the backward pass."""
+    x = torch.randn(2, 8, 4, 4, device="cuda", dtype=torch.bfloat16)
+    with torch.autocast("cuda", torch.bfloat16):
+        assert common.group_norm(8, adm=False).cuda()(x).dtype == torch.bfloat16
