@@ -128,3 +128,19 @@ def test_a_flag_changes_the_student(script, flags):
             torch.nn.init.normal_(p, 0, 0.1)
         students.append(flat(train(quick(out=f"runs/{len(students)}", **given), None, teacher)[0]))
     assert not students[0].equal(students[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script, flags", [
+    ("fdistill", {}), ("sim", {}), ("dmd", {}), ("rectflow", dict(stage="flow")),
+    ("consistency", dict(loss="scd"))])
+def test_compile(script, flags):
+    """--compile gives the same student, but for rounding, from one to five graphs without breaks."""
+    from torch._dynamo.utils import counters
+    torch._dynamo.reset()
+    counters.clear()
+    train, quick, teacher = prepare(script, flags)
+    plain, compiled = [flat(train(quick(compile=on, out=f"runs/{on}", **flags), None, teacher)[0])
+                       for on in (False, True)]
+    torch.testing.assert_close(compiled, plain, atol=1e-3, rtol=0)
+    assert 1 <= counters["stats"]["unique_graphs"] <= 5 and not counters["graph_break"]
