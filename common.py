@@ -467,9 +467,7 @@ def read_images(cfg, where, shape=None):
     if where.suffix == ".npz":
         return read_npz(where)
     names, read = open_pictures(where)
-    folders = {name: name.split("/")[0] for name in names if "/" in name and not shape}
-    number = {folder: i for i, folder in enumerate(sorted(set(folders.values())))}
-    known = {name: number[folder] for name, folder in folders.items()}
+    known = {} if shape else folder_classes(names)
     if "dataset.json" in names:
         names.remove("dataset.json")
         known = dict(json.loads(read("dataset.json")).get("labels") or [])
@@ -481,6 +479,13 @@ def read_images(cfg, where, shape=None):
     files = [where / name for name in names] if where.is_dir() else [where]
     labels = np.array([known[name] for name in names]) if known else None
     return memory_map(cfg, files, (len(names), *shape), parts), labels
+
+
+def folder_classes(names):
+    """{name: class number} of the files that are in a sub-folder."""
+    folders = {name: name.split("/")[0] for name in names if "/" in name}
+    number = {folder: i for i, folder in enumerate(sorted(set(folders.values())))}
+    return {name: number[folder] for name, folder in folders.items()}
 
 
 def open_pictures(where):

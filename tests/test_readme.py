@@ -59,6 +59,13 @@ def test_python_example(no_pictures):
     assert names["x"].shape == (1000, 2)
 
 
+def test_own_images_on_a_gpu():
+    """What README writes for them is a Config with CIFAR-10's network for the user's folder."""
+    code = re.search(r"`(Config\(\*\*PRESETS.*\))`", README)[1]
+    cfg = eval(code, vars(importlib.import_module("fdistill")))
+    assert (cfg.data, cfg.data_dir, cfg.net, cfg.dtype) == ("images", "FOLDER", "ddpmpp", "bf16")
+
+
 def test_numbers_of_lines():
     """The table of methods says how long each script is."""
     for name in SCRIPTS:
