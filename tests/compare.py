@@ -32,7 +32,8 @@ def settings(entry, given, **more):
     common.need(name in SCRIPTS, f"{name!r} is none of {', '.join(SCRIPTS)}")
     flags = dict(flag.split("=", 1) for flag in flags.split(",") if flag)
     module = importlib.import_module(name)
-    return module, module.Config(data=given.data, data_dir=given.data_dir, **(more | flags))
+    flags = dict(data=given.data, data_dir=given.data_dir, dtype=given.dtype) | more | flags
+    return module, module.Config(**flags)
 
 
 def count(network):
@@ -80,7 +81,7 @@ def watch(frames):
 
 
 def draw_frames(folder, panels, frames):
-    """compare.gif, 1,000 pixels wide, 12 frames: data and teacher, and each student as it learned."""
+    """compare.gif, 1,000 pixels wide, 12 frames: data and teacher, each student as it learned."""
     pictures, count = [], min(12, max(map(len, frames.values())))
     for k in range(count):
         now = {name: seen[k * len(seen) // count] for name, seen in frames.items()}
@@ -164,6 +165,7 @@ def read_flags(argv):
     parser.add_argument("--data_dir", default="data")
     parser.add_argument("--minutes", type=float, default=1.0, help="training of each student")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--dtype", default="fp32", help="bf16: faster on CPUs that know it")
     parser.add_argument("--samples", type=int, help="by default 20,000 of toys, 2,000 images")
     parser.add_argument("--out", help="folder, by default runs/compare-DATA")
     parser.add_argument("--peers", action="store_true", help="also torchcfm and flow_matching")
