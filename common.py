@@ -1178,6 +1178,7 @@ def train_teacher(fit, data, exact):
     ema = copy.deepcopy(D).eval().requires_grad_(False)
     opt = torch.optim.Adam(D.parameters(), betas=(0.9, 0.99), fused=True)
     run = Run(fit, "teacher", D=D, ema=ema, opt=opt)
+    panels, _, label_show = gallery(fit, data)
     for step in run.steps():
         set_lr(opt, fit.lr, run.progress, warmup=0.05)
         for _ in range(fit.accumulate):
@@ -1195,6 +1196,8 @@ def train_teacher(fit, data, exact):
         opt.zero_grad()
         update_ema(ema, D, fit.ema, step)
         run.log(loss=loss)
+        if step == 0 and run.due():
+            run.show(panels, label_show)                # so that one sees at once what was read
     run.finish({})
     largest([0])                                        # the others wait for the first one's files
 
@@ -1624,7 +1627,8 @@ class Run:
         self.began = time.time() - self.seconds
         length = f"{cfg.minutes:g} minutes" if cfg.minutes else f"{cfg.steps:,} steps"
         if self.script == "teacher":
-            print(f"first a teacher of {cfg.data}, fitted once: {length}, kept in\n{self.dir}")
+            print(f"first a teacher of {cfg.data}, fitted once: {length}; the data:\n"
+                  f"{self.dir}/samples.png")
         else:
             print(f"{self.script} on {cfg.data}: {length}; watch\n{self.dir}/samples.png")
         bar = tqdm(total=None if cfg.minutes else cfg.steps, initial=self.step, ncols=79,

@@ -4,7 +4,8 @@ Markdown, a picture, and a moving one of seed 0 as it learns.
 
     python tests/compare.py --data moons --minutes 1
     python tests/compare.py fdistill fdistill:divergence=fkl consistency:loss=scd --data ring
-    python tests/compare.py --data mnist --data_dir data --minutes 5 --seeds 1
+    python tests/compare.py --data mnist --dtype bf16 --minutes 5
+    python tests/compare.py --data cifar10 --net small --teacher RUN --fid FILE --samples 1000
     python tests/compare.py --data ring --peers         # beside torchcfm and flow_matching (PyPI)
 """
 import argparse
@@ -24,6 +25,7 @@ from common import MLP, energy_coefficient, in_parts, save_picture, toy_metrics
 
 SCRIPTS = ["fdistill", "dmd", "sim", "consistency", "rectflow"]
 PEERS = ["torchcfm", "flow_matching"]
+QUALITY = ["FID", "precision", "recall"]                # of images, with --fid
 
 
 def settings(entry, given, **more):
@@ -32,30 +34,38 @@ def settings(entry, given, **more):
     common.need(name in SCRIPTS, f"{name!r} is none of {', '.join(SCRIPTS)}")
     flags = dict(flag.split("=", 1) for flag in flags.split(",") if flag)
     module = importlib.import_module(name)
-    flags = dict(data=given.data, data_dir=given.data_dir, dtype=given.dtype) | more | flags
-    return module, module.Config(**flags)
+    same = {name: getattr(given, name) for name in ("data", "data_dir", "net", "dtype")}
+    return module, module.Config(**(same | more | flags))
 
 
 def count(network):
     return sum(p.numel() for p in network.parameters())
 
 
-def measure(draw, data, n):
-    """Figures of n samples draw(n, label), by default 20,000 of a toy or 2,000 images, and some of
-    them to show."""
+def measure(draw, data, given):
+    """Figures of --samples samples draw(n, label), and some of them to show: images by class."""
     toy = len(data.shape) == 1
-    n = n or (20000 if toy else 2000)
+    n = given.samples or (20000 if toy else 2000)
     torch.manual_seed(10**6)
-    x = draw(n, common.draw_label(n, data))
+    label = common.draw_label(n, data)
+    x = draw(n, label)
     if toy:
         found = toy_metrics(x, data)
         return dict(H=found["H"], inside=found.get("in_3std", math.nan)), x[:3000]
-    return dict(H=energy_coefficient(x, data.sample(n)[0]), inside=math.nan), x[:64]
+    found = dict(H=energy_coefficient(x, data.sample(n)[0]), inside=math.nan)
+    if given.fid:
+        cfg = settings("fdistill", given, fid=given.fid, fid_ref="5000", samples=n)[1]
+        found |= dict(zip(QUALITY, common.fid(cfg, data, lambda n, label: x).values()))
+    if label is None:
+        return found, x[:64]
+    of_class = [x[label[:, k] == 1][:8] for k in range(min(data.label_dim, 10))]
+    return found, torch.cat(of_class)
 
 
 def run_teacher(given, data):
     """The teacher that all are to distil, kept in --out/teacher.pt: as run_script."""
-    cfg, start = settings("fdistill", given, out=f"{given.out}/teacher")[1], time.time()
+    flags = dict(out=f"{given.out}/teacher", teacher=given.teacher)
+    cfg, start = settings("fdistill", given, **flags)[1], time.time()
     cfg.started = start
     teacher = common.load_teacher(cfg, data)
     seconds = time.time() - start
@@ -65,7 +75,7 @@ def run_teacher(given, data):
         z = torch.randn(n, *data.shape)
         return common.teacher_samples(cfg, teacher, z, label, cfg.sigma_max)
 
-    found, x = measure(solve, data, given.samples)
+    found, x = measure(solve, data, given)
     return found | dict(seconds=seconds, parameters=count(teacher), calls=35), x
 
 
@@ -103,7 +113,7 @@ def run_script(entry, given, data, seed):
     with watch(given.frames.setdefault(entry, []) if seed == 0 else []):
         student, _ = module.train(cfg, data)
     seconds = time.time() - start                       # of all stages
-    found, x = measure(lambda n, label: module.sample(student, n, label), data, given.samples)
+    found, x = measure(lambda n, label: module.sample(student, n, label), data, given)
     calls = len(student.levels)
     return found | dict(seconds=seconds, parameters=count(student), calls=calls), x
 
@@ -144,14 +154,17 @@ def run_peer(peer, given, data, seed):
 
     seconds = time.time() - start
     found, x = measure(lambda n, label: in_parts(euler, torch.randn(n, *data.shape), None), data,
-                       given.samples)
+                       given)
     return found | dict(seconds=seconds, parameters=count(net), calls=1), x
 
 
 def row(name, runs):
-    """A line of the table: every seed's H and share, the others' mean."""
+    """A line of the table: every seed's H, share and FID, the others' mean."""
     cells = [name, ", ".join(f"{run['H']:.5f}" for run in runs)]
     cells.append(", ".join(f"{run['inside']:.3f}" for run in runs).replace("nan", "-"))
+    for key in QUALITY:
+        if key in runs[0]:
+            cells.append(", ".join(f"{run[key]:.4g}" for run in runs))
     for key in ("seconds", "parameters", "calls"):
         cells.append(f"{sum(run[key] for run in runs) / len(runs):,.0f}")
     return f"| {' | '.join(cells)} |"
@@ -165,7 +178,10 @@ def read_flags(argv):
     parser.add_argument("--data_dir", default="data")
     parser.add_argument("--minutes", type=float, default=1.0, help="training of each student")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--net", default="auto")
     parser.add_argument("--dtype", default="fp32", help="bf16: faster on CPUs that know it")
+    parser.add_argument("--teacher", default="", help="as of the scripts; else one is fitted")
+    parser.add_argument("--fid", default="", help="Inception network: FID against 5,000 images")
     parser.add_argument("--samples", type=int, help="by default 20,000 of toys, 2,000 images")
     parser.add_argument("--out", help="folder, by default runs/compare-DATA")
     parser.add_argument("--peers", action="store_true", help="also torchcfm and flow_matching")
@@ -181,14 +197,16 @@ def main(argv=None):
         settings(entry, given)                          # refuse what cannot work before any work
     torch.set_num_threads(1)
     Path(given.out).mkdir(parents=True, exist_ok=True)
-    lines = ["| method | H, each seed | share within 3 std | seconds | parameters | calls |",
-             "|---|---|---|---|---|---|"]
+    names = ["method", "H, each seed", "share within 3 std", *(QUALITY if given.fid else []),
+             "seconds", "parameters", "calls"]
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     print(*lines, sep="\n")
     with open(f"{given.out}/log.txt", "a") as log:      # of the runs' own lines and bars
         with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-            data = common.load_data(settings("fdistill", given)[1])
+            cfg = settings("fdistill", given)[1]
+            data = common.load_data(cfg)
             found, x = run_teacher(given, data)
-        panels = {f"data: {given.data}": data.sample(len(x))[0], "teacher, 35 calls": x}
+        panels = common.gallery(cfg, data)[0] | {"teacher, 35 calls": x}
         still = dict(panels)
         lines.append(row("teacher", [found]))
         print(lines[-1], flush=True)

@@ -240,9 +240,9 @@ def test_full_memory(monkeypatch):
 
 
 def test_on_log_and_pictures(monkeypatch):
-    """on_log gets the numbers of log.csv, every 50 steps; a picture is due 24 times and last."""
+    """on_log gets log.csv's numbers, every 50 steps; a fit shows its data, a run 25 pictures."""
     shown, logged = [], []
-    monkeypatch.setattr(common.Run, "show", lambda run, *given: shown.append((run.step, *given)))
+    monkeypatch.setattr(common.Run, "show", lambda run, *_: shown.append((run.script, run.step)))
     monkeypatch.setattr(fdistill, "gallery", lambda *_: ({}, torch.randn(2, 2), None))
     cfg = fdistill.Config(steps=100, batch=16, teacher_steps=2, samples=64, out="run")
     fdistill.train(cfg, on_log=logged.append)
@@ -250,7 +250,8 @@ def test_on_log_and_pictures(monkeypatch):
     for row, line in zip(logged, log_rows(Path("run"))):
         values = [float(v) for v in line.split(",")[2:]]
         assert values == pytest.approx(list(row.values())[1:], rel=1e-5)
-    assert len(shown) == 25 and shown[0][0] == 0 and shown[-1][0] == 99
+    assert len(shown) == 26 and shown[1] == ("fdistill", 0) and shown[-1] == ("fdistill", 99)
+    assert shown[0] == ("teacher", 0)                   # the data: what was read, at once
 
 
 def test_pictures(monkeypatch):
