@@ -12,7 +12,10 @@ from conftest import ROOT, SCRIPTS, TinyInception, main_in_process, run     # fi
 import common
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+RESULTS = (ROOT / "notebooks/results.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^    python (\w+)\.py\b(.*)", README, re.M)
+MEASURED = re.findall(rf"`({'|'.join(SCRIPTS)})\.py([^`]*)`", RESULTS)
+MEASURED += [("consistency", flags) for flags in re.findall("`(--(?:loss|velocity) [^`]+)`", RESULTS)]
 SMALL = ("--steps 2 --teacher_steps 2 --batch 64 --samples 8 --accumulate 1 --device cpu "
          "--dtype fp32")
 
@@ -33,9 +36,9 @@ def build_world(folder):
 
 @pytest.mark.background
 def test_commands(tmp_path):
-    """Every command but those that want official files, one after the other; few words."""
+    """Every command but those that want official files, and the results'; few words."""
     assert len(README.split()) <= 1300
-    assert len(COMMANDS) >= 10
+    assert len(COMMANDS) >= 10 and len({*MEASURED}) >= 30
     code, out, err = run(__file__, cwd=tmp_path)
     assert code == 0, out + err
 
@@ -84,10 +87,12 @@ def test_links():
 if __name__ == "__main__":
     build_world(Path())
     torch.set_num_threads(1)
-    common.Run.show = lambda self, *given: None
-    for script, rest in [("fdistill", " --out runs/fdistill-ring-0"), *COMMANDS]:
+    common.Run.show = lambda self, *given: None                     # no time for pictures
+    common.teacher_samples = lambda cfg, teacher, z, *given: z
+    made = ("fdistill", " --out runs/fdistill-ring-0")              # what README's --sample names
+    for script, rest in [made, *COMMANDS, *sorted({*MEASURED} - {*COMMANDS})]:
         args = shlex.split(rest, comments=True)
-        if any(arg.endswith(".pkl") for arg in args):
+        if any(arg.endswith(".pkl") for arg in args) or args == ["--loss", "L"]:
             continue
         module, small = importlib.import_module(script), SMALL.split()
         if script == "rectflow":
