@@ -7,9 +7,9 @@ Digits of the five scripts from one teacher, judged by three numbers.
 
 The first line fits a teacher for --minutes, then trains each script's student from it for as long;
 the second measures finished runs; the third fits a teacher and saves it in half precision, as the
-notebooks have it. MNIST's t10k files must lie in --data_dir. 2,000 samples, 200 of
-a class: `as asked` is the share that a small classifier reads as the class asked for; H the energy
-coefficient over pixels against 2,000 test images; sharpness the mean squared Laplacian over theirs.
+notebooks have it. MNIST's t10k files must lie in --data_dir. 2,000 samples, 200 of a class: `as
+asked` is the share that a small classifier reads as the class asked for; H the energy coefficient
+over pixels against 2,000 test images; sharpness the mean squared Laplacian over theirs.
 """
 import argparse
 import functools
@@ -29,6 +29,8 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import (energy_coefficient, heun_sample, in_parts, load_data, load_teacher,
                     save_denoiser, save_picture)
+
+EACH = 200                                              # samples of a class
 
 
 def read_test(folder):
@@ -73,11 +75,11 @@ def measure(cfg, data, teacher, runs):
     """Print a row for test images, for the teacher, and for each (script, folder) of runs."""
     test = read_test(cfg.data_dir)
     judge, accuracy = fit_judge(data, test)
-    asked = torch.arange(10).repeat_interleave(200)
+    asked = torch.arange(10).repeat_interleave(EACH)
     label = F.one_hot(asked).float()
     # evenly spread: the first 5,000 test images were written by other people than the last
     rows = [(test[1] == k).nonzero().flatten() for k in range(10)]
-    places = [torch.arange(200) * len(row) // 200 for row in rows]
+    places = [torch.arange(EACH) * len(row) // EACH for row in rows]
     real = test[0][torch.cat([row[i] for row, i in zip(rows, places)])]
     other = test[0][torch.cat([row[i + 1] for row, i in zip(rows, places)])]
     print(f"\nThe classifier reads {accuracy:.2%} of the 10,000 test images rightly.\n")
@@ -92,7 +94,7 @@ def measure(cfg, data, teacher, runs):
         seconds = time.process_time() - start
         share = float((judge(x).argmax(1) == asked).float().mean())
         sharp = roughness(x) / roughness(real)
-        panels[Path(name).name.split("-")[0]] = x.unflatten(0, (10, 200))[:, :8].flatten(0, 1)
+        panels[Path(name).name.split("-")[0]] = x.unflatten(0, (10, EACH))[:, :8].flatten(0, 1)
         print(f"| {name} | {share:.1%} | {energy_coefficient(x, real):.4f} | {sharp:.2f} | "
               f"{seconds:.1f} |", flush=True)
 
@@ -107,14 +109,14 @@ def measure(cfg, data, teacher, runs):
     print("\nruns/digits.png")
 
 
-if __name__ == "__main__":
+def main(argv=None):
     parser = argparse.ArgumentParser(usage=__doc__)
     parser.add_argument("runs", nargs="*")
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--teacher", default="")
     parser.add_argument("--data_dir", default="data")
     parser.add_argument("--ship")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(1)
     shared = dict(data="mnist", data_dir=args.data_dir, device="cpu")
     fdistill = importlib.import_module("fdistill")
@@ -134,3 +136,7 @@ if __name__ == "__main__":
         print(f"{(time.process_time() - cpu) / 60:.1f} minutes of CPU")
         runs.append((script, run.dir))
     measure(cfg, data, teacher, runs)
+
+
+if __name__ == "__main__":
+    main()

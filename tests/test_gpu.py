@@ -217,6 +217,18 @@ def test_bench_gpu(tmp_path):
         assert [row for row in rows if "error" in row["what"]] == []
 
 
+@pytest.mark.slow
+def test_bench_memory():
+    """Its row for sim on CIFAR-10 has the figures of results.md's."""
+    command = [sys.executable, ROOT / "tests/bench_memory.py", "cifar10", "sim"]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    cells = out.splitlines()[2].strip("| ").split(" | ")
+    _, fixed, mb, _, _, part, gb, _, hours, *cards = cells
+    plain, saving = zip(*[card.split(" / ") for card in cards])
+    row = ["sim", fixed, mb, part, gb, " / ".join(plain), " / ".join(saving), hours]
+    assert f"| {' | '.join(row)} |" in (ROOT / "notebooks/results.md").read_text()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_group_norm_keeps_bf16():
     """Autocast alone would work in float32, and keep a copy twice as large for the backward pass."""

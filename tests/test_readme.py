@@ -69,6 +69,27 @@ def test_own_images_on_a_gpu():
     assert (cfg.data, cfg.data_dir, cfg.net, cfg.dtype) == ("images", "FOLDER", "ddpmpp", "bf16")
 
 
+def test_digits_are_measured(no_pictures, capsys, monkeypatch):
+    """bench_digits gives a row for test images, for the teacher and for each finished run."""
+    import bench_digits
+    build_world(Path())
+    for name, old in [("images-idx3", 784), ("labels-idx1", 1)]:
+        raw = Path(f"data/mnist/train-{name}-ubyte").read_bytes()
+        Path(f"data/mnist/t10k-{name}-ubyte").write_bytes(raw + raw[-20 * old:])
+    flags = "--data mnist --width 8 --out runs/one".split()
+    assert main_in_process(importlib.import_module("sim"), *SMALL.split(), *flags)[0] == 0
+    monkeypatch.setattr(bench_digits, "EACH", 2)
+
+    def reads_zeros(x):
+        return torch.eye(10)[[0] * len(x)]
+
+    monkeypatch.setattr(bench_digits, "fit_judge", lambda *_: (reads_zeros, 0.1))
+    bench_digits.main(["--data_dir", "data/mnist", "--teacher", "runs/one", "runs/one"])
+    shares = re.findall(r"^\| (.+) \| 10\.0% \|", capsys.readouterr().out, re.M)
+    assert shares == ["2,000 other test images", "teacher, 35 calls", "runs/one"]
+    assert Path("runs/digits.png").exists()
+
+
 def test_numbers_of_lines():
     """The table of methods says how long each script is."""
     for name in SCRIPTS:
