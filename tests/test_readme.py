@@ -72,6 +72,7 @@ def test_own_images_on_a_gpu():
 def test_digits_are_measured(no_pictures, capsys, monkeypatch):
     """bench_digits gives a row for test images, for the teacher and for each finished run."""
     import bench_digits
+    import compare
     build_world(Path())
     for name, old in [("images-idx3", 784), ("labels-idx1", 1)]:
         raw = Path(f"data/mnist/train-{name}-ubyte").read_bytes()
@@ -88,6 +89,12 @@ def test_digits_are_measured(no_pictures, capsys, monkeypatch):
     shares = re.findall(r"^\| (.+) \| 10\.0% \|", capsys.readouterr().out, re.M)
     assert shares == ["2,000 other test images", "teacher, 35 calls", "runs/one"]
     assert Path("runs/digits.png").exists()
+    # compare trains from the same teacher, and adds FID, precision and recall of few samples
+    flags = "--data mnist --data_dir data/mnist --teacher runs/one --fid FILE --samples 20 --seeds 1"
+    compare.main(["sim:width=8,steps=2,minutes=0,batch=8", *flags.split()])
+    rows = [line.split(" | ") for line in Path("runs/compare-mnist/compare.md").open()]
+    assert rows[0][3:6] == compare.QUALITY and len(rows) == 4
+    assert all(float(cell) >= 0 for row in rows[2:] for cell in row[3:6])
 
 
 def test_numbers_of_lines():
