@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -386,14 +387,17 @@ CIFAR10 = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 
 def read_data(cfg):
     """The Images in --data_dir; UserError, which says what is wanted, for anything else."""
-    where, classes = Path(cfg.data_dir), dict(mnist=10, cifar10=10, imagenet64=1000)
-    readers = dict(mnist=read_mnist, cifar10=read_cifar10, imagenet64=read_imagenet)
-    with blame(f"--data_dir {where} has no {WANTED[cfg.data]}"):
-        images, labels = first_alone(readers.get(cfg.data, read_images), cfg, where)
-        need(labels is not None or not cfg.cond, "its images have no labels: omit --cond")
+    readers = dict(mnist=(read_mnist, 10), cifar10=(read_cifar10, 10),
+                   imagenet64=(read_imagenet, 1000), images=(read_images, 0))
+    read, classes = readers[cfg.data]
+    with blame(f"--data_dir {cfg.data_dir} has no {WANTED[cfg.data]}"):
+        images, labels = first_alone(read, cfg, Path(cfg.data_dir))
         good = len(images) and fits(images.shape[1:]) and images.dtype == np.uint8
         need(good, f"its images are {images.shape} {images.dtype}")
-        return Images(images, labels, classes.get(cfg.data, 0), pick_device(cfg), cfg.flip)
+        need(labels is not None or not cfg.cond, "its images have no labels: omit --cond")
+        good = labels is None or len(labels) == len(images) and labels.dtype.kind in "iu"
+        need(good, "labels must be a class number for each image")
+        return Images(images, labels, classes, pick_device(cfg), cfg.flip)
 
 
 def download(cfg, url, path, sha256):
@@ -414,10 +418,8 @@ def read_mnist(cfg, where):
         else:
             download(cfg, f"{MNIST}{name}.gz", folder / f"{name}.gz", sha256)
             raw.append(gzip.decompress((folder / f"{name}.gz").read_bytes()))
-    images = np.frombuffer(bytearray(raw[0]), np.uint8, offset=16).reshape(-1, 1, 28, 28)
-    labels = np.frombuffer(bytearray(raw[1]), np.uint8, offset=8)
-    need(len(labels) == len(images), f"{len(images)} images, {len(labels)} labels")
-    return images, labels
+    images = np.frombuffer(bytearray(raw[0]), np.uint8, offset=16)
+    return images.reshape(-1, 1, 28, 28), np.frombuffer(bytearray(raw[1]), np.uint8, offset=8)
 
 
 def read_cifar10(cfg, where):
@@ -446,19 +448,17 @@ def read_imagenet(cfg, where):
     files = sorted(where.glob("train_data_batch_*.npz"), key=lambda p: (len(p.name), p.name))
     if not files:
         return read_images(cfg, where, (3, 64, 64))
-    order, names = np.arange(1000), where / "map_clsloc.txt"
+    names, place = where / "map_clsloc.txt", {k: k - 1 for k in range(1, 1001)}
     if names.exists():                                  # lines such as "n02119789 1 kit_fox"
-        order[:] = -1
-        words = names.read_text().split()
-        for place, (_, number) in enumerate(sorted(zip(words[::3], words[1::3]))):
-            order[int(number) - 1] = place
+        lines = sorted(line.split() for line in names.read_text().splitlines())
+        place = {int(line[1]): i for i, line in enumerate(lines)}
     need(names.exists() or not cfg.cond or not cfg.teacher.endswith(".pkl"), "the official "
          "map_clsloc.txt is missing: without it, classes are not in the teacher's order")
-    labels = np.concatenate([np.load(file)["labels"].reshape(-1) for file in files])
-    good = labels.min() >= 1 and labels.max() <= 1000 and order[labels - 1].min() >= 0
-    need(good, "labels are not 1 to 1000, all mapped")
+    labels = np.concatenate([np.load(file)["labels"].reshape(-1) for file in files]).tolist()
+    need(place.keys() >= set(labels), "labels are not 1 to 1000, all mapped")
     parts = (np.load(file)["data"].reshape(-1, 3, 64, 64) for file in files)
-    return memory_map(cfg, files, (len(labels), 3, 64, 64), parts), order[labels - 1]
+    images = memory_map(cfg, files, (len(labels), 3, 64, 64), parts)
+    return images, np.array([place[k] for k in labels])
 
 
 def read_images(cfg, where, shape=None):
@@ -466,16 +466,16 @@ def read_images(cfg, where, shape=None):
     A `shape` that is given is that of EDM's zips, which have their labels in dataset.json."""
     if where.suffix == ".npz":
         return read_npz(where)
-    names, read = open_pictures(where)
+    root, names = list_files(where)
     known = {} if shape else folder_classes(names)
     if "dataset.json" in names:
         names.remove("dataset.json")
-        known = dict(json.loads(read("dataset.json")).get("labels") or [])
+        known = dict(json.loads((root / "dataset.json").read_bytes()).get("labels") or [])
     need(names, "there are no images")
     need(not known or known.keys() >= set(names), "some images have a class and some have none")
-    shape = read_picture(names[0], read(names[0]), shape).shape[1:]
+    shape = read_picture(root / names[0], shape).shape
     need(fits(shape), f"its images are {shape}")
-    parts = (read_picture(name, read(name), shape) for name in names)
+    parts = (read_picture(root / name, shape) for name in names)
     files = [where / name for name in names] if where.is_dir() else [where]
     labels = np.array([known[name] for name in names]) if known else None
     return memory_map(cfg, files, (len(names), *shape), parts), labels
@@ -488,31 +488,28 @@ def folder_classes(names):
     return {name: number[folder] for name, folder in folders.items()}
 
 
-def open_pictures(where):
-    """(sorted names of all files but hidden ones, read(name) -> bytes) of a folder or a .zip."""
+def list_files(where):
+    """(root, sorted names of all files but hidden ones) of a folder or .zip; root / name is one."""
     if where.is_dir():
         for folder in where.iterdir():
             need(folder.is_file() or any(folder.iterdir()), f"class folder {folder} is empty")
-        names = [path.relative_to(where).as_posix() for path in where.rglob("*") if path.is_file()]
-
-        def read(name):
-            return (where / name).read_bytes()
+        root, files = where, [path for path in where.rglob("*") if path.is_file()]
+        names = [path.relative_to(where).as_posix() for path in files]
     else:
-        archive = zipfile.ZipFile(where)
-        names, read = archive.namelist(), archive.read
+        root = zipfile.Path(where)
+        names = root.root.namelist()
     hidden = re.compile(r"(^|/)(\.|__MACOSX)|/$")
-    return sorted(name for name in names if not hidden.search(name)), read
+    return root, sorted(name for name in names if not hidden.search(name))
 
 
-def read_picture(name, raw, shape):
-    """uint8 (1, C, H, W) of the bytes of one PNG or JPEG file; UserError if it has not `shape`."""
-    from PIL import Image
-    with blame(f"{name} is no picture, or damaged"):
-        picture = Image.open(io.BytesIO(raw))
+def read_picture(path, shape):
+    """uint8 (C, H, W) of a PNG or JPEG file; UserError if it has not `shape`."""
+    with blame(f"{path} is no picture, or damaged"):
+        picture = Image.open(io.BytesIO(path.read_bytes()))
         pixels = np.atleast_3d(np.asarray(picture)).transpose(2, 0, 1)
-    need(picture.mode in ("L", "RGB"), f"{name} has mode {picture.mode}, not L (grey) or RGB")
-    need(shape in (None, pixels.shape), f"{name} is {pixels.shape}, not {shape} as it should be")
-    return pixels[None]
+    need(picture.mode in ("L", "RGB"), f"{path} has mode {picture.mode}, not L (grey) or RGB")
+    need(shape in (None, pixels.shape), f"{path} is {pixels.shape}, not {shape} as it should be")
+    return pixels
 
 
 def read_npz(where):
@@ -522,28 +519,23 @@ def read_npz(where):
     images = images[:, None] if images.ndim == 3 else images
     if images.shape[3] in (1, 3):
         images = images.transpose(0, 3, 1, 2)
-    good = labels is None or len(labels) == len(images) and labels.dtype.kind in "iu"
-    need(good, "labels must be a class number for each image")
     return np.ascontiguousarray(images), labels
 
 
 def memory_map(cfg, files, shape, parts):
-    """Images of this shape in one file that need not fit memory, made once from parts (n, C, H, W)
-    and kept beside the runs under a key of the files. It is renamed at the end, hence whole."""
+    """Images of this shape in one file that need not fit memory, made once from parts of them and
+    kept beside the runs under a key of the files. It is renamed at the end, hence whole."""
     facts = [[str(file), os.path.getsize(file), os.path.getmtime(file)] for file in files]
-    path = runs_folder(cfg) / f"images-{checksum(facts)}.npy"
+    path = runs_folder(cfg) / f"images-{checksum(facts)}.bin"
 
     def write(f):
-        header = dict(descr="|u1", fortran_order=False, shape=shape)
-        np.lib.format.write_array_header_1_0(f, header)
-        end = f.tell() + math.prod(shape)
         for part in tqdm(parts, f"reading {cfg.data_dir}", ncols=79):
-            f.write(np.ascontiguousarray(part).data)
-        need(f.tell() == end, "it has not as many labels as images")
+            f.write(part.tobytes())
+        need(f.tell() == math.prod(shape), "it has not as many labels as images")
 
     if not path.exists():
         write_atomically(path, write)
-    return np.load(path, mmap_mode="c")
+    return np.memmap(path, np.uint8, "c", shape=shape)
 
 
 # ---- 3. noise levels -----------------------------------------------------------------------------
@@ -669,17 +661,16 @@ class MLP(nn.Module):
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group norm in x's own type: on GPUs autocast would work in float32 and keep twice as much."""
+    """Group norm with EDM's min(32, c / 4) groups, or fewer where that does not divide c; in x's
+    own type: on GPUs autocast would work in float32 and keep twice as much."""
+
+    def __init__(self, c, adm):
+        super().__init__(math.gcd(min(32, max(c // 4, 1)), c), c, 1e-5 if adm else 1e-6)
 
     def forward(self, x):
         with torch.autocast(x.device.type, torch.bfloat16, False):
             weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
             return F.group_norm(x, self.num_groups, weight, bias, self.eps)
-
-
-def group_norm(c, adm):
-    """Group norm with EDM's min(32, c / 4) groups, or fewer where that does not divide c."""
-    return GroupNorm(math.gcd(min(32, max(c // 4, 1)), c), c, 1e-5 if adm else 1e-6)
 
 
 class Block(nn.Module):
@@ -689,15 +680,15 @@ class Block(nn.Module):
         super().__init__()
         self.adm, self.resample, self.dropout = adm, resample, 0.0
         self.scale = 1 if adm else 0.5**0.5             # DDPM++ keeps the sum's variance at one
-        self.norm0, self.conv0 = group_norm(c_in, adm), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm0, self.conv0 = GroupNorm(c_in, adm), nn.Conv2d(c_in, c_out, 3, padding=1)
         self.affine = nn.Linear(c_emb, c_out * (2 if adm else 1))
-        self.norm1, self.conv1 = group_norm(c_out, adm), nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.norm1, self.conv1 = GroupNorm(c_out, adm), nn.Conv2d(c_out, c_out, 3, padding=1)
         self.skip, self.heads = nn.Identity(), 0
         if c_in != c_out or (resample and not adm):
             self.skip = nn.Conv2d(c_in, c_out, 1)
         if attention:
             self.heads = math.gcd(c_out // 64 or 1, c_out) if adm else 1    # ADM: 64 channels each
-            self.norm2, self.proj = group_norm(c_out, adm), nn.Conv2d(c_out, c_out, 1)
+            self.norm2, self.proj = GroupNorm(c_out, adm), nn.Conv2d(c_out, c_out, 1)
             self.qkv = nn.Conv2d(c_out, 3 * c_out, 1)
 
     def resize(self, x):        # EDM's [1, 1] filter is nearest neighbour up and 2x2 mean down
@@ -762,9 +753,9 @@ class UNet(nn.Module):
         self.feature_shape = (skips[-1], sides[-1], sides[-1])
         self.dec = self.make_decoder(skips, sides, c_emb)
         if adm:
-            self.out_norm, self.out_conv = group_norm(width * mult[0], adm), last
+            self.out_norm, self.out_conv = GroupNorm(width * mult[0], adm), last
         else:
-            self.dec[f"{sides[0]}x{sides[0]}_aux_norm"] = group_norm(width * mult[0], adm)
+            self.dec[f"{sides[0]}x{sides[0]}_aux_norm"] = GroupNorm(width * mult[0], adm)
             self.dec[f"{sides[0]}x{sides[0]}_aux_conv"] = last
         self.initialise(last)
         if second:
@@ -944,8 +935,7 @@ def teacher_pairs(cfg, data, teacher, count):
     def make(seed, n):
         torch.manual_seed(seed)
         z, label = torch.randn(n, *data.shape, device=device), draw_label(n, data, device)
-        pairs = z, label, teacher_samples(cfg, teacher, z, label, cfg.sigma_init)
-        return [t if t is None else t.cpu() for t in pairs]
+        return z, label, teacher_samples(cfg, teacher, z, label, cfg.sigma_init)
 
     with fork_rng(device):                              # the caller's random numbers stay the same
         key = checksum([cfg.sigma_min, cfg.sigma_init, data.class_weights], *make(0, 4))
@@ -955,10 +945,8 @@ def teacher_pairs(cfg, data, teacher, count):
             if not path.exists():
                 save_tensors(path, make(i, n))
             parts.append(load_tensors(path))
-    z, label, x = zip(*parts)
-    pairs = [torch.cat(z), None if label[0] is None else torch.cat(label), torch.cat(x)]
-    keep = device if pairs[0].nbytes <= 2**30 else "cpu"
-    return [t if t is None else t.to(keep) for t in pairs]
+    keep = device if count * math.prod(data.shape) <= 2**28 else "cpu"      # floats of 4 bytes
+    return [None if t[0] is None else torch.cat(t).to(keep) for t in zip(*parts)]
 
 
 def checksum(facts, *tensors):
@@ -1093,11 +1081,9 @@ def load_edm(path, cfg):
             net = UNet(known["img_resolution"], known["img_channels"], known["label_dim"],
                        how["model_channels"], how["channel_mult"], how["num_blocks"],
                        how["attn_resolutions"], how["augment_dim"], adm)
-        sizes = {name: p.shape for name, p in net.state_dict().items()}
-        need(sizes == {name: t.shape for name, t in weights.items()},
-             "its network is neither DDPM++ nor ADM (the -vp and -adm files are)")
         weights = {name: t.float().contiguous() for name, t in weights.items()}
-        net.load_state_dict(weights, assign=True)
+        with blame("its network is neither DDPM++ nor ADM (the -vp and -adm files are)"):
+            net.load_state_dict(weights, assign=True)
         denoiser = Denoiser(net, float(known["sigma_data"]), cfg.dtype)
         need(0 < denoiser.sigma_data < math.inf, "its sigma_data is no positive number")
     denoiser.config = {}
@@ -1559,17 +1545,16 @@ def begin(cfg, script):
 class Run:
     """The folder of one run: config.json, log.csv, log.png, samples.png, samples.gif, last.pt (all
     that --resume needs), ema.pt (the student), metrics.json. `state` is everything with a
-    state_dict, and tensors; its `ema` is the student. An earlier run without --resume is renamed.
+    state_dict; its `ema` is the student. An earlier run without --resume is renamed.
     In a loop over steps(): part, samples of one forward pass; progress in [0, 1]; device; log, due,
     show. After it: report. on_log is called with the numbers of each row of log.csv, a dict."""
 
     def __init__(self, cfg, script, on_log=None, **state):
-        self.cfg, self.script, self.state, self.rows = cfg, script, state, []
-        self.on_log, self.drawing = on_log, 0.0
+        self.cfg, self.script, self.on_log, self.state = cfg, script, on_log, state
         self.dir, self.device = run_folder(cfg, script), pick_device(cfg)
         self.part = cfg.batch // cfg.accumulate // processes()
-        self.step, self.progress, self.last, self.shown = 0, 0.0, False, -1
-        self.seconds, self.budget, self.history, self.stop = 0.0, 0.0, [], 0
+        self.step, self.progress, self.last, self.shown, self.stop = 0, 0.0, False, -1, 0
+        self.seconds, self.budget, self.drawing, self.rows, self.history = 0.0, 0.0, 0.0, [], []
         for part in state.values():
             if processes() > 1 and isinstance(part, torch.optim.Optimizer):
                 part.register_step_pre_hook(average_gradients)
@@ -1599,14 +1584,13 @@ class Run:
 
     def lock(self):
         """Keep other processes out of the folder; a second fit of the same teacher waits."""
-        try:
-            import fcntl
-        except ImportError:                             # Windows has none
-            return
         name = f"onestep-{checksum(str(self.dir.resolve()))}.lock"
         self.held = open(Path(tempfile.gettempdir()) / name, "w")       # until `steps` ends
         try:
+            import fcntl
             fcntl.flock(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:                             # Windows has none
+            pass
         except BlockingIOError:
             need(self.script == "teacher", f"another process works in {self.dir}; wait for it")
             print(f"waiting for the process that fits {self.dir}", flush=True)
@@ -1615,7 +1599,7 @@ class Run:
     def steps(self):
         """Yield step numbers to the end of the training. Saves every --every steps, at the end, and
         when Ctrl-C or SIGTERM comes, which then raises KeyboardInterrupt."""
-        cfg, first, threads = self.cfg, self.step, torch.get_num_threads()
+        cfg, threads = self.cfg, torch.get_num_threads()
         handlers = self.catch_signals()
         if len(self.state["ema"].shape) == 1:
             torch.set_num_threads(1)                    # small matrices: a second thread only waits
@@ -1623,10 +1607,10 @@ class Run:
             self.budget = max(1.0, 60 * cfg.minutes - (time.time() - cfg.started))
         self.began = time.time() - self.seconds
         length = f"{cfg.minutes:g} minutes" if cfg.minutes else f"{cfg.steps:,} steps"
+        coming = f"{self.script} on {cfg.data}: {length}; watch\n{self.dir}/samples.png"
         if self.script == "teacher":
-            print(f"first a teacher of {cfg.data}, fitted once: {length}, kept in\n{self.dir}")
-        else:
-            print(f"{self.script} on {cfg.data}: {length}; watch\n{self.dir}/samples.png")
+            coming = f"first a teacher of {cfg.data}, fitted once: {length}, kept in\n{self.dir}"
+        print(coming)
         bar = tqdm(total=None if cfg.minutes else cfg.steps, initial=self.step, ncols=79,
                    desc=self.script, disable=rank() > 0)
         try:
@@ -1635,22 +1619,21 @@ class Run:
                 yield self.step
                 bar.update()
                 self.end_step()
-                self.tell_time(bar, self.step - first)
+                self.tell_time(bar)
         finally:
             bar.close()
             torch.set_num_threads(threads)
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-            if hasattr(self, "held"):
+            if rank() == 0:
                 self.held.close()
 
-    def tell_time(self, bar, done):
+    def tell_time(self, bar):
         """After 15 steps, the first five being slow: about how long the rest will take."""
-        if done == 5:
+        if bar.n == bar.initial + 5:
             self.mark = time.time()
-        if done == 15 and not self.cfg.minutes:
-            pace = (time.time() - self.mark) / 10
-            left = pace * (self.cfg.steps - self.step) + 24 * self.drawing
+        if bar.n == bar.initial + 15 and not self.cfg.minutes:
+            left = (time.time() - self.mark) / 10 * (bar.total - bar.n) + 24 * self.drawing
             bar.write(f"{self.script}: about {left:.0f} s to go")
 
     def end_step(self):
@@ -1705,10 +1688,10 @@ class Run:
         for i, k in (~table.isfinite()).nonzero().tolist():
             raise UserError(f"{names[k]} became {table[i, k]} at step {first + i}; the checkpoint "
                             f"before it is kept in {self.dir}; a lower --lr may help")
-        means = [f"{v:.6g}" for v in table.mean(0).tolist()]
-        self.history.append([str(self.step), f"{self.seconds:.2f}", *means])
+        means = table.mean(0).tolist()
+        self.history.append([str(self.step), f"{self.seconds:.2f}", *[f"{v:.6g}" for v in means]])
         if self.on_log and rank() == 0:
-            self.on_log(dict(step=self.step, **dict(zip(names, table.mean(0).tolist()))))
+            self.on_log(dict(step=self.step, **dict(zip(names, means))))
         if rank() == 0:
             lines = [",".join(row) + "\n" for row in [["step", "seconds", *names], *self.history]]
             write_atomically(self.dir / "log.csv", lambda f: f.write("".join(lines).encode()))
@@ -1732,8 +1715,7 @@ class Run:
         saved["rng"] = [torch.get_rng_state()]
         if self.device.type == "cuda":
             saved["rng"].append(torch.cuda.get_rng_state(self.device))
-        saved["state"] = {name: part if torch.is_tensor(part) else part.state_dict()
-                          for name, part in self.state.items()}
+        saved["state"] = {name: part.state_dict() for name, part in self.state.items()}
         if rank() == 0:
             save_denoiser(self.dir / "ema.pt", ema, self.cfg)
             save_tensors(self.dir / "last.pt", saved)
@@ -1745,8 +1727,7 @@ class Run:
         saved = load_tensors(self.dir / "last.pt")
         with blame(f"{self.dir}/last.pt is of other code; choose another --out to start afresh"):
             for name, part in self.state.items():
-                fill = part.copy_ if torch.is_tensor(part) else part.load_state_dict
-                fill(saved["state"][name])
+                part.load_state_dict(saved["state"][name])
             for name in self.KEPT:
                 setattr(self, name, saved[name])
         more = 60 * (self.cfg.minutes - saved["minutes"])
@@ -1799,7 +1780,6 @@ def draw_log(folder):
 
 def draw_gif(folder):
     """samples.gif: the run's pictures one after the other."""
-    from PIL import Image
     files = sorted((folder / "samples").glob("*.png"))
     frames = [Image.open(file).convert("P", palette=1, colors=32) for file in files]
     if frames:
