@@ -11,8 +11,8 @@ The score is (D(x_t, sigma, label) - x_t) / sigma^2.
 
 Importing this file does no work. It is no script: start with `python fdistill.py`.
 """
-import argparse, contextlib, copy, dataclasses, difflib, functools, gzip, hashlib, inspect, io
-import json, math, os, pickle, re, signal, sys, tarfile, tempfile, time, warnings, zipfile
+import argparse, contextlib, copy, dataclasses, difflib, functools, gzip, hashlib, inspect, io, json
+import math, os, pickle, re, signal, sys, tarfile, tempfile, threading, time, warnings, zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -111,10 +111,9 @@ def make_parser(Config):
     """The parser of a Config's flags: names and types are its fields', help is their comments."""
     source = "".join(inspect.getsource(cls) for cls in reversed(Config.__mro__[:-1]))
     notes = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.+)$", source, re.M))
-    doc = (sys.modules[Config.__module__].__doc__ or "\n").strip().splitlines()
-    examples = [line for line in doc if line.startswith("    python")]
-    parser = _Parser(description=doc[0], epilog="\n".join(examples), allow_abbrev=False,
-                     usage="%(prog)s [--flag value] ...",
+    doc = (sys.modules[Config.__module__].__doc__ or "").strip()
+    parser = _Parser(description=doc.partition("\n")[0], usage="%(prog)s [--flag value] ...",
+                     epilog="\n".join(re.findall("^    python.*", doc, re.M)), allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in sorted(dataclasses.fields(Config), key=lambda f: hasattr(Shared, f.name)):
         kind = dict(choices=get_args(f.type))
@@ -138,10 +137,9 @@ def parse(Config, presets, argv=None):
         raise UserError(f"unknown argument {word}; did you mean --{near[0]}?")
     flags = vars(given)
     if flags.get("sample"):
-        mine = Path(inspect.getfile(Config))
+        script = Path(inspect.getfile(Config)).stem
         saved = read_json(f"{flags['sample']}/config.json")
-        need(saved.get("script") == mine.stem, f"--sample {flags['sample']} holds no run of "
-             f"{mine.name}: see its config.json")
+        need(saved.get("script") == script, f"--sample {flags['sample']}: no run of {script}")
         names = known.keys() & saved.keys() - {*FREE, "seed"}
         flags = {name: saved[name] for name in names} | flags
     values = {name: f.default for name, f in known.items()} | flags
@@ -191,7 +189,7 @@ def main(Config, presets, train, sample):
     except KeyboardInterrupt as e:
         code, sentence = e.args or (130, "stopped")
     except (RuntimeError, MemoryError) as e:
-        if not isinstance(e, MemoryError) and "memory" not in str(e):
+        if "memory" not in repr(e).lower():
             raise
     if rank() == 0:
         print(f"{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr, flush=True)
@@ -227,8 +225,7 @@ def on_device(numbers, device):
 class GaussianMixture(nn.Module):
     """Mixture of isotropic Gaussians, closed-form at every noise level: data set and perfect
     teacher in one. means (K, D); std >= 0, one for all; weights (K,), equal by default; groups (K,)
-    the class of each component, its own by default. With samples as means and std = 0 it is the
-    exact denoiser of that sample set."""
+    the class of each component, its own by default. std 0: the exact denoiser of a sample set."""
 
     def __init__(self, means, std=0.0, weights=None, groups=None):
         super().__init__()
@@ -413,11 +410,10 @@ def read_mnist(cfg, where):
     raw, folder = [], where if any(where.glob("train-images*")) else where / "mnist"
     for name, sha256 in (("train-images-idx3-ubyte", "440fcabf73cc546fa21475e81ea37026"),
                          ("train-labels-idx1-ubyte", "3552534a0a558bbed6aed32b30c495cc")):
-        if (folder / name).exists():
-            raw.append((folder / name).read_bytes())
-        else:
-            download(cfg, f"{MNIST}{name}.gz", folder / f"{name}.gz", sha256)
-            raw.append(gzip.decompress((folder / f"{name}.gz").read_bytes()))
+        plain, zipped = folder / name, folder / f"{name}.gz"
+        if not plain.exists():
+            download(cfg, f"{MNIST}{name}.gz", zipped, sha256)
+        raw.append(plain.read_bytes() if plain.exists() else gzip.decompress(zipped.read_bytes()))
     images = np.frombuffer(bytearray(raw[0]), np.uint8, offset=16)
     return images.reshape(-1, 1, 28, 28), np.frombuffer(bytearray(raw[1]), np.uint8, offset=8)
 
@@ -514,8 +510,8 @@ def read_picture(path, shape):
 
 def read_npz(where):
     """(images (N, C, H, W), labels or None) of an .npz of your own."""
-    with np.load(where) as z:
-        images, labels = z["images"], z["labels"].reshape(-1) if "labels" in z else None
+    z = np.load(where)
+    images, labels = z["images"], z["labels"].reshape(-1) if "labels" in z else None
     images = images[:, None] if images.ndim == 3 else images
     if images.shape[3] in (1, 3):
         images = images.transpose(0, 3, 1, 2)
@@ -523,8 +519,7 @@ def read_npz(where):
 
 
 def memory_map(cfg, files, shape, parts):
-    """Images of this shape in one file that need not fit memory, made once from parts of them and
-    kept beside the runs under a key of the files. It is renamed at the end, hence whole."""
+    """Images of this shape in one file, made once from parts and kept beside the runs."""
     facts = [[str(file), os.path.getsize(file), os.path.getmtime(file)] for file in files]
     path = runs_folder(cfg) / f"images-{checksum(facts)}.bin"
 
@@ -548,8 +543,7 @@ def uniform(x):
 
 def level(x, sigma):
     """The number sigma as levels (B, 1, ...) for x (B, ...)."""
-    shape = (len(x), *[1] * (x.ndim - 1))
-    return torch.full(shape, float(sigma), device=x.device, dtype=x.dtype)
+    return x.new_full((len(x), *[1] * (x.ndim - 1)), float(sigma))
 
 
 def karras(u, sigma_min, sigma_max, rho=7):
@@ -710,17 +704,15 @@ class Block(nn.Module):
         return (x + self.attend(x)) * self.scale if self.heads else x
 
     def attend(self, x):
-        b, c, height, width = x.shape           # q, k, v are the fastest of EDM's 3C channels
-        qkv = self.qkv(self.norm2(x)).reshape(b, self.heads, c // self.heads, 3, height * width)
+        qkv = self.qkv(self.norm2(x)).flatten(2).unflatten(1, (self.heads, -1, 3))  # v is fastest
         q, k, v = qkv.permute(3, 0, 1, 4, 2).contiguous()       # as PyTorch's fused kernels want it
         a = F.scaled_dot_product_attention(q, k, v)                                 # (B, h, HW, c)
-        return self.proj(a.transpose(2, 3).reshape(b, c, height, width))
+        return self.proj(a.transpose(2, 3).reshape(x.shape))
 
 
 class UNet(nn.Module):
-    """EDM's two image networks, with EDM's parameter names: DDPM++ (CIFAR-10: 55,733,891
-    parameters) and ADM (adm=True, ImageNet-64: 295,899,267). width channels times mult[i] at
-    resolution / 2^i. patch=2 works on 2x2 pixels as channels: for small networks on a CPU."""
+    """EDM's two image networks with its parameter names, DDPM++ and ADM (adm=True): width channels
+    times mult[i] at resolution / 2^i. patch=2 works on 2x2 pixels as channels: on a CPU."""
 
     def __init__(self, resolution=32, channels=3, label_dim=0, width=128, mult=(2, 2, 2), blocks=4,
                  attention=(16,), augment_dim=0, adm=False, patch=1, second=False):
@@ -836,8 +828,7 @@ def build(cfg, data):
     kind, width, label_dim, (first, *sides) = cfg.net, cfg.width, data.label_dim, data.shape
     if kind == "auto":
         kind = "small" if sides else "mlp"
-    need(bool(sides) == (kind != "mlp"), f"--net {kind} does not take samples {data.shape}: toys "
-         "take mlp, images small, ddpmpp or adm")
+    need(bool(sides) == (kind != "mlp"), f"--net {kind}: toys take mlp, images small, ddpmpp, adm")
     if kind == "mlp":
         net = MLP(first, label_dim, width or 128)
     elif kind == "small":       # ADM's blocks on 2x2 patches: learned most in a CPU core's minutes
@@ -943,7 +934,8 @@ def teacher_pairs(cfg, data, teacher, count):
             n = min(1000, count - i)
             path = runs_folder(cfg) / f"pairs-{cfg.data}-{key}" / f"{i}-{n}.pt"
             if not path.exists():
-                save_tensors(path, make(i, n))
+                part = make(i, n)
+                write_atomically(path, lambda f: torch.save(part, f))
             parts.append(load_tensors(path))
     keep = device if count * math.prod(data.shape) <= 2**28 else "cpu"      # floats of 4 bytes
     return [None if t[0] is None else torch.cat(t).to(keep) for t in zip(*parts)]
@@ -958,13 +950,9 @@ def checksum(facts, *tensors):
     return key.hexdigest()[:8]
 
 
-def save_tensors(path, tensors):
-    write_atomically(path, lambda f: torch.save(tensors, f))
-
-
 def load_tensors(path):
     """What torch.save wrote; UserError if it is damaged."""
-    with blame(f"{path} is damaged, or no file of onestep"):
+    with blame(f"{path} is damaged, missing, or no file of onestep"):
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -978,7 +966,7 @@ def save_denoiser(path, network, cfg):
     saved |= {name: getattr(network, name, None) for name in ATTRIBUTES}
     if isinstance(network, Denoiser):
         saved |= dict(kind=type(network.net).__name__, spec=network.net.spec)
-    save_tensors(path, saved)
+    write_atomically(path, lambda f: torch.save(saved, f))
 
 
 def load_denoiser(path, cfg, network=None):
@@ -987,7 +975,6 @@ def load_denoiser(path, cfg, network=None):
     if str(path).endswith(".pkl"):
         return load_edm(path, cfg)
     path = Path(path) / "ema.pt" if Path(path).is_dir() else Path(path)
-    need(path.is_file(), f"{path}: no such file; give an ema.pt, or the folder of a run")
     saved = load_tensors(path)
     need(isinstance(saved, dict) and saved.get("onestep") == 2, f"{path} is no ema.pt of onestep 2")
     need(network or "kind" in saved, f"{path} has a network of your own; pass it as `network`")
@@ -1000,7 +987,7 @@ def load_denoiser(path, cfg, network=None):
     return place(network.eval(), cfg)
 
 
-class _Inert:
+class _Inert(dict):
     """Stands for every class and function of a pickle: keeps what it is given, does nothing."""
 
     def __init__(self, *args):
@@ -1022,8 +1009,6 @@ class _EdmReader(pickle._Unpickler):
     """Reads a pickle as data: nothing in it is imported or called but these harmless names. Only
     string keys are kept, and no sets: to hash a hostile key may take for ever."""
     harmless = {
-        "collections.OrderedDict": dict,
-        "dnnlib.util.EasyDict": dict,
         "torch._utils._rebuild_tensor_v2": _tensor,
         "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
         "torch.storage._load_from_bytes": lambda b: torch.load(io.BytesIO(b), weights_only=True)}
@@ -1035,14 +1020,11 @@ class _EdmReader(pickle._Unpickler):
         pairs = zip(items[::2], items[1::2])
         self.stack[-1].update({key: value for key, value in pairs if isinstance(key, str)})
 
-    def set_item(self):
-        value = self.stack.pop()
-        self.set_items([self.stack.pop(), value])
-
     dispatch = pickle._Unpickler.dispatch | {
-        pickle.SETITEM[0]: set_item, pickle.ADDITEMS[0]: pickle._Unpickler.pop_mark,
-        pickle.SETITEMS[0]: lambda self: self.set_items(self.pop_mark())}
-    del dispatch[pickle.FROZENSET[0]]
+        pickle.SETITEM[0]: lambda self: self.set_items([self.stack.pop(-2), self.stack.pop()]),
+        pickle.SETITEMS[0]: lambda self: self.set_items(self.pop_mark()),
+        pickle.ADDITEMS[0]: pickle._Unpickler.pop_mark}
+    del dispatch[pickle.FROZENSET[0]], dispatch[pickle.DICT[0]]
 
 
 def edm_weights(module, prefix="", depth=0):
@@ -1100,9 +1082,8 @@ def load_teacher(cfg, data, teacher=None):
     elif teacher is None:
         teacher = load_denoiser(cfg.teacher, cfg) if cfg.teacher else fit_teacher(cfg, data, exact)
     if isinstance(teacher, Denoiser):
-        need((*teacher.shape, teacher.label_dim) == (*data.shape, data.label_dim),
-             f"--teacher {cfg.teacher} makes {teacher.shape} in {teacher.label_dim} classes, the "
-             f"data is {data.shape} in {data.label_dim}: see --data and --cond")
+        made, wanted = [f"{tuple(d.shape)} in {d.label_dim} classes" for d in (teacher, data)]
+        need(made == wanted, f"the teacher makes {made}, the data is {wanted}: see --data, --cond")
     if isinstance(teacher, nn.Module):
         teacher.to(pick_device(cfg)).requires_grad_(False)
     with fork_rng(pick_device(cfg)):                    # the caller's random numbers stay the same
@@ -1130,9 +1111,8 @@ def initial_student(cfg, data, teacher=None, student=None):
 
 
 def fit_teacher(cfg, data, exact=None):
-    """A Denoiser fitted to the data by EDM's loss, or to the answers of `exact`, a denoiser. Kept
-    in runs/teacher-<data>-<key>, the key made of the settings, of samples and of exact's answers to
-    them; a later call loads it, an interrupted one goes on."""
+    """A Denoiser fitted to the data, or to the answers of `exact`, a denoiser. It is kept in a
+    folder named by settings, samples and answers: a later call loads it, or goes on."""
     toy, large = len(data.shape) == 1, cfg.net in ("ddpmpp", "adm")
     lr = 2e-3 if toy else 4e-3
     same = dict(data=cfg.data, net=cfg.net, width=cfg.width, cond=cfg.cond, dtype=cfg.dtype,
@@ -1181,7 +1161,8 @@ def train_teacher(fit, data, exact):
         opt.zero_grad()
         update_ema(ema, D, fit.ema, step)
         run.log(loss=loss)
-    run.finish({})
+    if rank() == 0:
+        run.finish({})
     largest([0])                                        # the others wait for the first one's files
 
 
@@ -1213,14 +1194,12 @@ extern "C" __global__ void weighted_score_gradient(const float* x, const float* 
 
 @torch.no_grad()
 def weighted_score_gradient(x, d_real, d_fake, h):
-    """The student's gradient in its own samples, g (B, ...) = h (d_fake - d_real) / mean|x -
-    d_real|.
+    """The student's gradient in its samples, g (B, ...) = h (d_fake - d_real) / mean|x - d_real|:
+    distribution matching with DMD's weight (DMD, arXiv 2311.18828, Eqs. 7 and 8).
 
     x, d_real, d_fake (B, ...) float32: samples, the teacher's and the fake score's estimates of
-    them from x_t; h (B,) weights. Since s_fake - s_real = (d_fake - d_real) / sigma^2, it is the
-    distribution matching gradient with DMD's weight (DMD, arXiv 2311.18828, Eqs. 7 and 8). Elements
-    that are not finite become 0: the one place where that is done. On a GPU it is one kernel,
-    compiled at the first call; elsewhere, the last lines. UserError if shapes differ."""
+    them from x_t; h (B,) weights. Elements that are not finite become 0, here and nowhere else. On
+    a GPU it is one kernel, elsewhere the last lines. UserError if shapes differ."""
     need(x.shape == d_real.shape == d_fake.shape and h.shape == x.shape[:1],
          f"x {x.shape}, d_real {d_real.shape} and d_fake {d_fake.shape} must agree, h be (B,)")
     kernel = load_kernel() if x.is_cuda and x.numel() else None
@@ -1303,25 +1282,21 @@ def inception_features(path, images, device):
     return torch.cat(parts)
 
 
-def spread(rows, count):
-    """`count` of the rows, evenly spread: the first ones may all be of one class."""
-    return rows[torch.arange(count) * len(rows) // count]
-
-
 def fid_reference(cfg, data):
-    """(name, features (n, 2048) of training images, mean and covariance, float64, of them or of
-    EDM's file --fid_ref), the features kept beside the runs. UserError if --fid cannot work: a run
-    asks before any long work."""
+    """(name, features (n, 2048) of training images, kept beside the runs, mean and covariance of
+    them or of EDM's file --fid_ref). UserError if --fid cannot work: asked before long work."""
     given = not (cfg.fid_ref or "2").isdigit()
     with blame(f"--fid {cfg.fid} with --fid_ref {cfg.fid_ref!r} cannot be used"):
         count = min(len(data.images), 10000 if given else int(cfg.fid_ref or len(data.images)))
         need(min(count, cfg.samples) > 3, "at least 4 images and --samples are needed")
-        real = to_uint8(spread(data.images, count))
+        i = torch.arange(count) * len(data.images) // count     # the first may be of one class
+        real = to_uint8(data.images[i])
         network = hashlib.sha256(Path(cfg.fid).read_bytes()).hexdigest()
         key = checksum([count, len(data.images), network], real[:100])
         path = runs_folder(cfg) / f"fidref-{cfg.data}-{key}.pt"
         if not path.exists():
-            save_tensors(path, inception_features(cfg.fid, real, pick_device(cfg)))
+            features = inception_features(cfg.fid, real, pick_device(cfg))
+            write_atomically(path, lambda f: torch.save(features, f))
         real = load_tensors(path)
         name = f"train{thousands(count)}"
         mean, cov = real.double().mean(0), real.double().T.cov()
@@ -1365,7 +1340,8 @@ def fid(cfg, data, draw):
     fake = inception_features(cfg.fid, to_uint8(draw(n, draw_label(n, data, device))), device)
     distance = frechet_distance(fake.double().mean(0), fake.double().T.cov(), mean, cov)
     k = min(len(real), n, 10000)
-    precision, recall = precision_recall(spread(real, k), fake[:k])
+    real = real[torch.arange(k) * len(real) // k]
+    precision, recall = precision_recall(real, fake[:k])
     return {f"fid{thousands(n)}_{name}": distance, f"precision{thousands(k)}": precision,
             f"recall{thousands(k)}": recall}
 
@@ -1544,16 +1520,15 @@ def begin(cfg, script):
 
 class Run:
     """The folder of one run: config.json, log.csv, log.png, samples.png, samples.gif, last.pt (all
-    that --resume needs), ema.pt (the student), metrics.json. `state` is everything with a
-    state_dict; its `ema` is the student. An earlier run without --resume is renamed.
-    In a loop over steps(): part, samples of one forward pass; progress in [0, 1]; device; log, due,
-    show. After it: report. on_log is called with the numbers of each row of log.csv, a dict."""
+    that --resume needs), ema.pt (the student, `ema` in `state`, where all has a state_dict) and
+    metrics.json. In a loop over steps(): part, samples of one pass; progress in [0, 1]; device;
+    log, due, show. After it: report. on_log is called with each row of log.csv, a dict."""
 
     def __init__(self, cfg, script, on_log=None, **state):
         self.cfg, self.script, self.on_log, self.state = cfg, script, on_log, state
         self.dir, self.device = run_folder(cfg, script), pick_device(cfg)
         self.part = cfg.batch // cfg.accumulate // processes()
-        self.step, self.progress, self.last, self.shown, self.stop = 0, 0.0, False, -1, 0
+        self.step, self.progress, self.last, self.stop = 0, 0.0, False, 0
         self.seconds, self.budget, self.drawing, self.rows, self.history = 0.0, 0.0, 0.0, [], []
         for part in state.values():
             if processes() > 1 and isinstance(part, torch.optim.Optimizer):
@@ -1599,10 +1574,7 @@ class Run:
     def steps(self):
         """Yield step numbers to the end of the training. Saves every --every steps, at the end, and
         when Ctrl-C or SIGTERM comes, which then raises KeyboardInterrupt."""
-        cfg, threads = self.cfg, torch.get_num_threads()
-        handlers = self.catch_signals()
-        if len(self.state["ema"].shape) == 1:
-            torch.set_num_threads(1)                    # small matrices: a second thread only waits
+        cfg = self.cfg
         if self.step == 0:                              # what has passed went to data and teacher
             self.budget = max(1.0, 60 * cfg.minutes - (time.time() - cfg.started))
         self.began = time.time() - self.seconds
@@ -1611,22 +1583,29 @@ class Run:
         if self.script == "teacher":
             coming = f"first a teacher of {cfg.data}, fitted once: {length}, kept in\n{self.dir}"
         print(coming)
-        bar = tqdm(total=None if cfg.minutes else cfg.steps, initial=self.step, ncols=79,
-                   desc=self.script, disable=rank() > 0)
-        try:
+        with contextlib.ExitStack() as undo:            # at the end, all is as it was before
+            undo.callback(torch.set_num_threads, torch.get_num_threads())
+            if len(self.state["ema"].shape) == 1:
+                torch.set_num_threads(1)                # small matrices: a second one only waits
+            if threading.current_thread() is threading.main_thread():
+                for number in (signal.SIGINT, signal.SIGTERM):
+                    undo.callback(signal.signal, number, signal.signal(number, self.remember))
+            if rank() == 0:
+                undo.callback(self.held.close)
+            bar = undo.enter_context(tqdm(total=None if cfg.minutes else cfg.steps, ncols=79,
+                                          initial=self.step, desc=self.script, disable=rank() > 0))
             while not self.last:
                 self.look_at_clock()
                 yield self.step
                 bar.update()
                 self.end_step()
                 self.tell_time(bar)
-        finally:
-            bar.close()
-            torch.set_num_threads(threads)
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-            if rank() == 0:
-                self.held.close()
+
+    def remember(self, number, frame):
+        """Let Ctrl-C and SIGTERM wait for the end of the step; a second one does not wait."""
+        if self.stop:
+            raise KeyboardInterrupt
+        self.stop = int(number)
 
     def tell_time(self, bar):
         """After 15 steps, the first five being slow: about how long the rest will take."""
@@ -1647,32 +1626,20 @@ class Run:
             sentence = f"stopped, saved at step {self.step}; go on with --resume"
             raise KeyboardInterrupt(128 + self.stop, sentence)
 
-    def catch_signals(self):
-        """Let Ctrl-C and SIGTERM wait for the end of the step; a second one does not wait."""
-        def remember(number, frame):
-            if self.stop:
-                raise KeyboardInterrupt
-            self.stop = int(number)
-
-        try:
-            return {n: signal.signal(n, remember) for n in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:                              # not the main thread: leave signals alone
-            return {}
-
     def look_at_clock(self):
         """Progress in [0, 1] at a step's start, and whether it is the last; processes agree."""
-        before, now = self.progress, self.step / self.cfg.steps
+        self.before, now = self.progress, self.step / self.cfg.steps
         if self.cfg.minutes:
             now = min(1.0, (time.time() - self.began) / self.budget)
         self.progress, stop = largest([now, self.stop])
         self.stop, self.last = int(stop), self.step + 1 >= self.cfg.steps
         if self.cfg.minutes:                            # the last: the next would end too late
-            self.last = 2 * self.progress - before >= 1
+            self.last = 2 * self.progress - self.before >= 1
 
     def due(self):
         """True 24 times a run: the time for a picture."""
-        before, self.shown = self.shown, int(24 * self.progress)
-        return rank() == 0 and (self.shown > before or self.last)
+        due = self.step == 0 or self.last or int(24 * self.progress) > int(24 * self.before)
+        return due and rank() == 0
 
     def log(self, **values):
         """Keep a step's scalars; every 50 steps they are checked, averaged and written."""
@@ -1703,14 +1670,14 @@ class Run:
         write_atomically(self.dir / "samples.png", lambda f: f.write(path.read_bytes()))
         self.drawing = time.time() - start
 
-    KEPT = ("step", "last", "progress", "shown", "budget", "seconds", "history")
+    KEPT = ("step", "last", "progress", "budget", "seconds", "history")
 
     def save(self):
         """Checkpoint: ema.pt, then last.pt. Refuses weights that are not finite."""
         self.flush()
         ema = self.state["ema"]
-        need(all(p.isfinite().all() for p in ema.parameters()), f"weights are not finite at step "
-             f"{self.step}; the checkpoint before it is kept in {self.dir}; a lower --lr may help")
+        good = all(p.isfinite().all() for p in ema.parameters())
+        need(good, f"weights are not finite at step {self.step}; {self.dir} keeps those before it")
         saved = {name: getattr(self, name) for name in self.KEPT} | dict(minutes=self.cfg.minutes)
         saved["rng"] = [torch.get_rng_state()]
         if self.device.type == "cuda":
@@ -1718,7 +1685,7 @@ class Run:
         saved["state"] = {name: part.state_dict() for name, part in self.state.items()}
         if rank() == 0:
             save_denoiser(self.dir / "ema.pt", ema, self.cfg)
-            save_tensors(self.dir / "last.pt", saved)
+            write_atomically(self.dir / "last.pt", lambda f: torch.save(saved, f))
             if self.history:
                 draw_log(self.dir)
         largest([0])
@@ -1728,8 +1695,7 @@ class Run:
         with blame(f"{self.dir}/last.pt is of other code; choose another --out to start afresh"):
             for name, part in self.state.items():
                 part.load_state_dict(saved["state"][name])
-            for name in self.KEPT:
-                setattr(self, name, saved[name])
+            vars(self).update({name: saved[name] for name in self.KEPT})
         more = 60 * (self.cfg.minutes - saved["minutes"])
         self.budget += more
         self.last = self.last and more <= 0 if self.cfg.minutes else self.step >= self.cfg.steps
@@ -1740,20 +1706,23 @@ class Run:
                 torch.cuda.set_rng_state(state, self.device)
 
     def finish(self, metrics):
-        """metrics.json, log.png and samples.gif."""
-        if rank() == 0:
-            about = dict(steps=self.step, train_seconds=self.seconds, device=str(self.device))
-            if self.device.type == "cuda":
-                about["peak_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
-            self.write_json("metrics", metrics | about)
-            draw_gif(self.dir)
+        """metrics.json, and samples.gif: the run's pictures one after the other."""
+        about = dict(steps=self.step, train_seconds=self.seconds, device=str(self.device))
+        if self.device.type == "cuda":
+            about["peak_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+        self.write_json("metrics", metrics | about)
+        files = sorted((self.dir / "samples").glob("*.png"))
+        frames = [Image.open(file).convert("P", palette=1, colors=32) for file in files]
+        if frames:
+            write_atomically(self.dir / "samples.gif", lambda f: frames[0].save(
+                f, "GIF", save_all=True, append_images=frames[1:], duration=200, loop=0))
 
-    def report(self, data, draw, **more):
-        """Measure the student draw(n, label) -> x; write and print the figures, those of `more`
-        among them, and where the picture is."""
+    def report(self, data, draw, **metrics):
+        """Measure the student draw(n, label) -> x; write and print the figures, those given among
+        them, and where the picture is."""
         if rank():
             return
-        cfg, metrics = self.cfg, dict(more)
+        cfg = self.cfg
         with fork_rng(self.device):
             torch.manual_seed(cfg.seed + 10**6)         # other numbers than the training's first
             if len(data.shape) == 1:
@@ -1776,15 +1745,6 @@ def draw_log(folder):
     step, _, *columns = np.array(rows, float).T
     draw_panels(folder / "log.png", dict(zip(names[2:], columns)),
                 lambda ax, title, column: ax.plot(step, column, color=COLORS[0], linewidth=1))
-
-
-def draw_gif(folder):
-    """samples.gif: the run's pictures one after the other."""
-    files = sorted((folder / "samples").glob("*.png"))
-    frames = [Image.open(file).convert("P", palette=1, colors=32) for file in files]
-    if frames:
-        write_atomically(folder / "samples.gif", lambda f: frames[0].save(
-            f, "GIF", save_all=True, append_images=frames[1:], duration=200, loop=0))
 
 
 def draw(cfg, sample):
