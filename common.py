@@ -522,14 +522,10 @@ def memory_map(cfg, files, shape, parts):
     """Images of this shape in one file, made once from parts and kept beside the runs."""
     facts = [[str(file), os.path.getsize(file), os.path.getmtime(file)] for file in files]
     path = runs_folder(cfg) / f"images-{checksum(facts)}.bin"
-
-    def write(f):
-        for part in tqdm(parts, f"reading {cfg.data_dir}", ncols=79):
-            f.write(part.tobytes())
-        need(f.tell() == math.prod(shape), "it has not as many labels as images")
-
     if not path.exists():
-        write_atomically(path, write)
+        raw = (part.tobytes() for part in tqdm(parts, f"reading {cfg.data_dir}", ncols=79))
+        write_atomically(path, lambda f: f.writelines(raw))
+    need(path.stat().st_size == math.prod(shape), "it has not as many labels as images")
     return np.memmap(path, np.uint8, "c", shape=shape)
 
 
@@ -1270,13 +1266,13 @@ def to_uint8(x):
 
 
 @torch.no_grad()
-def inception_features(path, images, device):
-    """Features (N, 2048) of uint8 images, on the CPU, by NVIDIA's TorchScript Inception network."""
-    parts = []
+def inception_features(cfg, images):
+    """Features (N, 2048) of images, on the CPU, by NVIDIA's TorchScript Inception network."""
+    parts, device = [], pick_device(cfg)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                 # TorchScript is the format of this network
-        inception = torch.jit.load(path, map_location=device).eval()
-        for part in tqdm(images.split(64), "inception", leave=False, ncols=79):
+        inception = torch.jit.load(cfg.fid, map_location=device).eval()
+        for part in tqdm(to_uint8(images).split(64), "inception", leave=False, ncols=79):
             part = part.to(device).expand(-1, 3, -1, -1)
             parts.append(inception(part, return_features=True).float().cpu())
     return torch.cat(parts)
@@ -1290,12 +1286,12 @@ def fid_reference(cfg, data):
         count = min(len(data.images), 10000 if given else int(cfg.fid_ref or len(data.images)))
         need(min(count, cfg.samples) > 3, "at least 4 images and --samples are needed")
         i = torch.arange(count) * len(data.images) // count     # the first may be of one class
-        real = to_uint8(data.images[i])
+        real = data.images[i]
         network = hashlib.sha256(Path(cfg.fid).read_bytes()).hexdigest()
         key = checksum([count, len(data.images), network], real[:100])
         path = runs_folder(cfg) / f"fidref-{cfg.data}-{key}.pt"
         if not path.exists():
-            features = inception_features(cfg.fid, real, pick_device(cfg))
+            features = inception_features(cfg, real)
             write_atomically(path, lambda f: torch.save(features, f))
         real = load_tensors(path)
         name = f"train{thousands(count)}"
@@ -1336,8 +1332,8 @@ def fid(cfg, data, draw):
     """FID of draw(n, label) -> x by --samples samples, precision and recall by up to 10,000. Names
     say it all: fid50k_train50k is 50,000 samples against 50,000 training images, spread evenly."""
     name, real, mean, cov = fid_reference(cfg, data)
-    n, device = cfg.samples, pick_device(cfg)
-    fake = inception_features(cfg.fid, to_uint8(draw(n, draw_label(n, data, device))), device)
+    n = cfg.samples
+    fake = inception_features(cfg, draw(n, draw_label(n, data, pick_device(cfg))))
     distance = frechet_distance(fake.double().mean(0), fake.double().T.cov(), mean, cov)
     k = min(len(real), n, 10000)
     real = real[torch.arange(k) * len(real) // k]
@@ -1539,15 +1535,15 @@ class Run:
     def open(self):
         if not rank():
             self.lock()
-        resumed = self.cfg.resume and (self.dir / "last.pt").exists()
-        if resumed:
+        found = (self.dir / "last.pt").exists()
+        if found and self.cfg.resume:
             self.restore()
-        elif self.cfg.resume and self.script != "teacher":
-            print(f"nothing to resume in {self.dir}: it begins")
-        elif (self.dir / "last.pt").exists() and not rank():
+        elif found and not rank():
             aside = f"{self.dir}~{time.strftime('%Y%m%d-%H%M%S')}"
             self.dir.rename(aside)
             print(f"the earlier run in {self.dir} is now {aside}")
+        elif self.cfg.resume and self.script != "teacher":
+            print(f"nothing to resume in {self.dir}: it begins")
         if not rank():
             about = dict(script=self.script, torch=torch.__version__, processes=processes())
             about["fitted"] = getattr(self.cfg, "fitted", None)
