@@ -96,11 +96,6 @@ FREE = ("data_dir", "out", "fid", "fid_ref", "sample", "device", "accumulate", "
         "recompute", "every", "samples", "resume")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(message.removeprefix("argument "))
-
-
 def clean(text):
     """A path without its trailing slash and the like; other words stay what they are."""
     return os.path.normpath(text) if text else ""
@@ -112,15 +107,14 @@ def make_parser(Config):
     source = "".join(inspect.getsource(cls) for cls in reversed(Config.__mro__[:-1]))
     notes = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.+)$", source, re.M))
     doc = (sys.modules[Config.__module__].__doc__ or "").strip()
-    parser = _Parser(description=doc.partition("\n")[0], usage="%(prog)s [--flag value] ...",
-                     epilog="\n".join(re.findall("^    python.*", doc, re.M)), allow_abbrev=False,
-                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [--flag value] ...", description=doc.partition("\n")[0],
+        epilog="\n".join(re.findall("^    python.*", doc, re.M)), allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter, exit_on_error=False)
+    kinds = {bool: dict(action=argparse.BooleanOptionalAction), int: dict(type=int, metavar="int"),
+             float: dict(type=float, metavar="float"), str: dict(type=clean, metavar="str")}
     for f in sorted(dataclasses.fields(Config), key=lambda f: hasattr(Shared, f.name)):
-        kind = dict(choices=get_args(f.type))
-        if f.type is bool:
-            kind = dict(action=argparse.BooleanOptionalAction)
-        elif not get_args(f.type):
-            kind = dict(type=clean if f.type is str else f.type, metavar=f.type.__name__)
+        kind = kinds.get(f.type, dict(choices=get_args(f.type)))
         note = f"{notes.get(f.name, '')} [{f.default}]".replace("%", "%%")
         parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=note, **kind)
     return parser
@@ -130,7 +124,8 @@ def parse(Config, presets, argv=None):
     """A Config from a command line: its defaults < presets < what is given. A preset counts if
     every word of its key ("cifar10", "cifar10 cd") is the value of a flag; later ones win. --sample
     starts from the flags of the run that it names."""
-    given, rest = make_parser(Config).parse_known_args(argv)
+    with blame("wrong use"):
+        given, rest = make_parser(Config).parse_known_args(argv)
     known = {f.name: f for f in dataclasses.fields(Config)}
     for word in rest:
         near = difflib.get_close_matches(word.split("=")[0].lstrip("-"), known, 1) or ["help"]
@@ -1214,8 +1209,7 @@ def load_kernel():
     """The kernel, compiled by PyTorch's own NVRTC; None, after one warning, if that fails."""
     try:
         from torch.utils import cpp_extension
-        if cpp_extension.CUDA_HOME is None:
-            cpp_extension.CUDA_HOME = ""                # PyTorch asks for it, though NVRTC does not
+        cpp_extension.CUDA_HOME = cpp_extension.CUDA_HOME or ""     # asked for, though not by NVRTC
         return torch.cuda._compile_kernel(WEIGHTING_CUDA, "weighted_score_gradient")
     except Exception as e:          # no NVRTC, no such function in this PyTorch, a compiler's error
         warnings.warn(f"the weighting op runs in plain PyTorch, its CUDA kernel failed: {e}")
@@ -1474,10 +1468,9 @@ def write_atomically(path, write):
 
 def read_json(path):
     """The dictionary in a file, {} if there is none."""
-    try:
+    with contextlib.suppress(OSError, ValueError, TypeError):
         return dict(json.loads(Path(path).read_text()))
-    except (OSError, ValueError, TypeError):
-        return {}
+    return {}
 
 
 def runs_folder(cfg):
@@ -1547,11 +1540,8 @@ class Run:
         if not rank():
             about = dict(script=self.script, torch=torch.__version__, processes=processes())
             about["fitted"] = getattr(self.cfg, "fitted", None)
-            self.write_json("config", dataclasses.asdict(self.cfg) | about)
-
-    def write_json(self, name, facts):
-        text = json.dumps(facts, indent=1)
-        write_atomically(self.dir / f"{name}.json", lambda f: f.write(text.encode()))
+            text = json.dumps(dataclasses.asdict(self.cfg) | about, indent=1)
+            write_atomically(self.dir / "config.json", lambda f: f.write(text.encode()))
 
     def lock(self):
         """Keep other processes out of the folder; a second fit of the same teacher waits."""
@@ -1706,7 +1696,8 @@ class Run:
         about = dict(steps=self.step, train_seconds=self.seconds, device=str(self.device))
         if self.device.type == "cuda":
             about["peak_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
-        self.write_json("metrics", metrics | about)
+        text = json.dumps(metrics | about, indent=1)
+        write_atomically(self.dir / "metrics.json", lambda f: f.write(text.encode()))
         files = sorted((self.dir / "samples").glob("*.png"))
         frames = [Image.open(file).convert("P", palette=1, colors=32) for file in files]
         if frames:
@@ -1718,14 +1709,13 @@ class Run:
         them, and where the picture is."""
         if rank():
             return
-        cfg = self.cfg
+        n = self.cfg.samples
         with fork_rng(self.device):
-            torch.manual_seed(cfg.seed + 10**6)         # other numbers than the training's first
+            torch.manual_seed(self.cfg.seed + 10**6)    # other numbers than the training's first
             if len(data.shape) == 1:
-                label = draw_label(cfg.samples, data, self.device)
-                metrics |= toy_metrics(draw(cfg.samples, label), data)
-            elif cfg.fid:
-                metrics |= fid(cfg, data, draw)
+                metrics |= toy_metrics(draw(n, draw_label(n, data, self.device)), data)
+            elif self.cfg.fid:
+                metrics |= fid(self.cfg, data, draw)
         self.finish(metrics)
         for name, value in metrics.items():
             print(f"{name:24} {value:.5f}" if isinstance(value, float) else f"{name:24} {value}")
