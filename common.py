@@ -155,14 +155,14 @@ def check(cfg):
         if f.type in (int, float) and f.name != "p_mean":
             need(least <= value < 2**63, f"--{f.name} is a number of at least {least}, not {value}")
         need(value or not f.name.startswith(("lr", "sigma")), f"--{f.name} must be greater than 0")
-    parts, names = cfg.accumulate * processes(), [*TOYS, *WANTED]
+    parts, names = cfg.accumulate * processes(), [*TOYS, *FORMATS]
     need(cfg.data in names, f"unknown data set {cfg.data!r}: choose one of {', '.join(names)}")
     need(cfg.sigma_min < cfg.sigma_max, "--sigma_min must lie below --sigma_max")
     need(cfg.ema < 1, f"--ema is a decay in [0, 1), not {cfg.ema}")
     need(cfg.width % 4 == 0, f"--width must be a multiple of 4, not {cfg.width}")
     need(cfg.batch % parts == 0, f"--batch {cfg.batch} does not divide into {parts} parts")
     need(cfg.samples > 1 or cfg.sample, "--samples must be at least 2 to measure anything")
-    need(cfg.data in WANTED or not cfg.fid, "--fid is for images; toys are measured by H without")
+    need(cfg.data in FORMATS or not cfg.fid, "--fid is for images; toys are measured by H without")
     need(cfg.device != "cuda" or torch.cuda.is_available(), "--device cuda: PyTorch sees no GPU")
 
 
@@ -367,22 +367,14 @@ def fits(shape):
     return shape[0] in (1, 3) and shape[1] == shape[2] and shape[2] % 4 == 0
 
 
-WANTED = dict(
-    mnist="train-images-idx3-ubyte and train-labels-idx1-ubyte, gzipped or not",
-    cifar10="cifar-10-binary.tar.gz, its folder cifar-10-batches-bin, or EDM's .zip",
-    imagenet64="EDM's .zip, or train_data_batch_1.npz and so on (downsampled ImageNet)",
-    images="PNG or JPEG in a folder or .zip, or images (N, H, W[, C]) or (N, C, H, W) uint8 in an "
-    ".npz: grey or RGB, of one size, square, side a multiple of 4")
 MNIST = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 CIFAR10 = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 
 
 def read_data(cfg):
     """The Images in --data_dir; UserError, which says what is wanted, for anything else."""
-    readers = dict(mnist=(read_mnist, 10), cifar10=(read_cifar10, 10),
-                   imagenet64=(read_imagenet, 1000), images=(read_images, 0))
-    read, classes = readers[cfg.data]
-    with blame(f"--data_dir {cfg.data_dir} has no {WANTED[cfg.data]}"):
+    read, classes, wanted = FORMATS[cfg.data]
+    with blame(f"--data_dir {cfg.data_dir} has no {wanted}"):
         images, labels = first_alone(read, cfg, Path(cfg.data_dir))
         good = len(images) and fits(images.shape[1:]) and images.dtype == np.uint8
         need(good, f"its images are {images.shape} {images.dtype}")
@@ -457,40 +449,37 @@ def read_images(cfg, where, shape=None):
     A `shape` that is given is that of EDM's zips, which have their labels in dataset.json."""
     if where.suffix == ".npz":
         return read_npz(where)
-    root, names = list_files(where)
-    known = {} if shape else folder_classes(names)
-    if "dataset.json" in names:
-        names.remove("dataset.json")
-        known = dict(json.loads((root / "dataset.json").read_bytes()).get("labels") or [])
-    need(names, "there are no images")
-    need(not known or known.keys() >= set(names), "some images have a class and some have none")
-    shape = read_picture(root / names[0], shape).shape
+    paths = list_files(where)
+    index = paths.pop("dataset.json", None)
+    known = {} if shape else {name: name.split("/")[0] for name in paths if "/" in name}
+    if index:
+        known = dict(json.loads(index.read_bytes()).get("labels") or [])
+    need(paths, "there are no images")
+    shape = read_picture(next(iter(paths.values())), shape).shape
     need(fits(shape), f"its images are {shape}")
-    parts = (read_picture(root / name, shape) for name in names)
-    files = [where / name for name in names] if where.is_dir() else [where]
-    labels = np.array([known[name] for name in names]) if known else None
-    return memory_map(cfg, files, (len(names), *shape), parts), labels
-
-
-def folder_classes(names):
-    """{name: class number} of the files that are in a sub-folder."""
-    folders = {name: name.split("/")[0] for name in names if "/" in name}
-    number = {folder: i for i, folder in enumerate(sorted(set(folders.values())))}
-    return {name: number[folder] for name, folder in folders.items()}
+    labels = None
+    if known:
+        need(known.keys() >= paths.keys(), "some images have a class and some have none")
+        labels = np.array([known[name] for name in paths])
+        if labels.dtype.kind == "U":                    # folders' names: numbers in their order
+            labels = np.unique(labels, return_inverse=True)[1]
+    parts = (read_picture(path, shape) for path in paths.values())
+    files = paths.values() if where.is_dir() else [where]
+    return memory_map(cfg, files, (len(paths), *shape), parts), labels
 
 
 def list_files(where):
-    """(root, sorted names of all files but hidden ones) of a folder or .zip; root / name is one."""
+    """{name: path}, sorted, of all files but hidden ones in a folder or a .zip."""
     if where.is_dir():
         for folder in where.iterdir():
             need(folder.is_file() or any(folder.iterdir()), f"class folder {folder} is empty")
-        root, files = where, [path for path in where.rglob("*") if path.is_file()]
-        names = [path.relative_to(where).as_posix() for path in files]
+        paths = {path.relative_to(where).as_posix(): path for path in where.rglob("*")}
     else:
         root = zipfile.Path(where)
-        names = root.root.namelist()
-    hidden = re.compile(r"(^|/)(\.|__MACOSX)|/$")
-    return root, sorted(name for name in names if not hidden.search(name))
+        paths = {name: root / name for name in root.root.namelist()}
+    hidden = re.compile(r"(^|/)(\.|__MACOSX)")
+    names = sorted(name for name in paths if not hidden.search(name))
+    return {name: paths[name] for name in names if paths[name].is_file()}
 
 
 def read_picture(path, shape):
@@ -522,6 +511,14 @@ def memory_map(cfg, files, shape, parts):
         write_atomically(path, lambda f: f.writelines(raw))
     need(path.stat().st_size == math.prod(shape), "it has not as many labels as images")
     return np.memmap(path, np.uint8, "c", shape=shape)
+
+
+FORMATS = dict(
+    mnist=(read_mnist, 10, "train-images-idx3-ubyte and train-labels-idx1-ubyte, gzipped or not"),
+    cifar10=(read_cifar10, 10, "cifar-10-binary.tar.gz, cifar-10-batches-bin, or EDM's .zip"),
+    imagenet64=(read_imagenet, 1000, "EDM's .zip, or train_data_batch_1.npz and so on"),
+    images=(read_images, 0, "PNG or JPEG in a folder or .zip, or images (N, H, W[, C]) or (N, C, "
+            "H, W) uint8 in an .npz: grey or RGB, of one size, square, side a multiple of 4"))
 
 
 # ---- 3. noise levels -----------------------------------------------------------------------------
@@ -1244,11 +1241,10 @@ def toy_metrics(x, data):
     y = data.sample(len(x))[0]
     out = dict(H=energy_coefficient(x, y))
     if isinstance(data, GaussianMixture):
-        for name, points in dict(in_3std=x, in_3std_data=y).items():
-            near = torch.cdist(points, data.means).min(1).values
-            out[name] = float((near < 3 * data.std).float().mean())
-        k = torch.cdist(x, data.means).argmin(1)
-        share = torch.bincount(k, minlength=len(data.means)) / len(x) / data.weights
+        near, k = torch.cdist(torch.cat([x, y]), data.means).min(1)
+        inside = (near < 3 * data.std).float().view(2, -1).mean(1).tolist()
+        out |= dict(in_3std=inside[0], in_3std_data=inside[1])
+        share = torch.bincount(k[:len(x)], minlength=len(data.means)) / len(x) / data.weights
         share = share[data.weights > 0]
         out |= dict(mode_min=float(share.min()), mode_max=float(share.max()))
     return out
