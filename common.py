@@ -96,11 +96,6 @@ FREE = ("data_dir", "out", "fid", "fid_ref", "sample", "device", "accumulate", "
         "recompute", "every", "samples", "resume")
 
 
-def clean(text):
-    """A path without its trailing slash and the like; other words stay what they are."""
-    return os.path.normpath(text) if text else ""
-
-
 @functools.cache
 def make_parser(Config):
     """The parser of a Config's flags: names and types are its fields', help is their comments."""
@@ -112,7 +107,8 @@ def make_parser(Config):
         epilog="\n".join(re.findall("^    python.*", doc, re.M)), allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter, exit_on_error=False)
     kinds = {bool: dict(action=argparse.BooleanOptionalAction), int: dict(type=int, metavar="int"),
-             float: dict(type=float, metavar="float"), str: dict(type=clean, metavar="str")}
+             float: dict(type=float, metavar="float"),      # and runs/x/ is the path runs/x
+             str: dict(type=lambda text: text and os.path.normpath(text), metavar="str")}
     for f in sorted(dataclasses.fields(Config), key=lambda f: hasattr(Shared, f.name)):
         kind = kinds.get(f.type, dict(choices=get_args(f.type)))
         note = f"{notes.get(f.name, '')} [{f.default}]".replace("%", "%%")
@@ -1338,10 +1334,10 @@ ANGLE = "coloured by the angle of its noise"
 COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999"]
 
 
-def draw_panels(path, panels, paint, width=3.2):
+def draw_panels(path, panels, paint):
     """A PNG of panels {title: content} side by side, each by paint(axes, title, content)."""
     from matplotlib.figure import Figure                # no pyplot: no global state
-    figure = Figure(figsize=(width * len(panels), width + 0.2), layout="constrained")
+    figure = Figure(figsize=(3.2 * len(panels), 3.4), layout="constrained")
     for ax, title in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
         ax.set_title(title, fontsize=9)
         paint(ax, title, panels[title])
@@ -1556,7 +1552,7 @@ class Run:
     def steps(self):
         """Yield step numbers to the end of the training. Saves every --every steps, at the end, and
         when Ctrl-C or SIGTERM comes, which then raises KeyboardInterrupt."""
-        cfg = self.cfg
+        cfg, first = self.cfg, self.step
         if self.step == 0:                              # what has passed went to data and teacher
             self.budget = max(1.0, 60 * cfg.minutes - (time.time() - cfg.started))
         self.began = time.time() - self.seconds
@@ -1581,7 +1577,7 @@ class Run:
                 yield self.step
                 bar.update()
                 self.end_step()
-                self.tell_time(bar)
+                self.tell_time(bar, self.step - first)
 
     def remember(self, number, frame):
         """Let Ctrl-C and SIGTERM wait for the end of the step; a second one does not wait."""
@@ -1589,12 +1585,13 @@ class Run:
             raise KeyboardInterrupt
         self.stop = int(number)
 
-    def tell_time(self, bar):
+    def tell_time(self, bar, done):
         """After 15 steps, the first five being slow: about how long the rest will take."""
-        if bar.n == bar.initial + 5:
+        if done == 5:
             self.mark = time.time()
-        if bar.n == bar.initial + 15 and not self.cfg.minutes:
-            left = (time.time() - self.mark) / 10 * (bar.total - bar.n) + 24 * self.drawing
+        if done == 15 and not self.cfg.minutes:
+            pace = (time.time() - self.mark) / 10
+            left = pace * (self.cfg.steps - self.step) + 24 * self.drawing
             bar.write(f"{self.script}: about {left:.0f} s to go")
 
     def end_step(self):
