@@ -696,7 +696,7 @@ class Block(nn.Module):
 
 class UNet(nn.Module):
     """EDM's two image networks with its parameter names, DDPM++ and ADM (adm=True): width channels
-    times mult[i] at resolution / 2^i. patch=2 works on 2x2 pixels as channels: on a CPU."""
+    times mult[i] at resolution / 2^i. patch=2 takes 2x2 pixels as channels, for a CPU."""
 
     def __init__(self, resolution=32, channels=3, label_dim=0, width=128, mult=(2, 2, 2), blocks=4,
                  attention=(16,), augment_dim=0, adm=False, patch=1, second=False):
