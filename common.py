@@ -11,8 +11,8 @@ The score is (D(x_t, sigma, label) - x_t) / sigma^2.
 
 Importing this file does no work. It is no script: start with `python fdistill.py`.
 """
-import argparse, contextlib, copy, dataclasses, difflib, functools, gzip, hashlib, inspect, io
-import json, math, os, pickle, re, signal, sys, tarfile, tempfile, time, warnings, zipfile
+import argparse, contextlib, copy, dataclasses, difflib, functools, gzip, hashlib, inspect, io, json
+import math, os, pickle, re, signal, sys, tarfile, tempfile, threading, time, warnings, zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -95,32 +96,21 @@ FREE = ("data_dir", "out", "fid", "fid_ref", "sample", "device", "accumulate", "
         "recompute", "every", "samples", "resume")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(message.removeprefix("argument "))
-
-
-def clean(text):
-    """A path without its trailing slash and the like; other words stay what they are."""
-    return os.path.normpath(text) if text else ""
-
-
 @functools.cache
 def make_parser(Config):
     """The parser of a Config's flags: names and types are its fields', help is their comments."""
     source = "".join(inspect.getsource(cls) for cls in reversed(Config.__mro__[:-1]))
     notes = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.+)$", source, re.M))
-    doc = (sys.modules[Config.__module__].__doc__ or "\n").strip().splitlines()
-    examples = [line for line in doc if line.startswith("    python")]
-    parser = _Parser(description=doc[0], epilog="\n".join(examples), allow_abbrev=False,
-                     usage="%(prog)s [--flag value] ...",
-                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    doc = (sys.modules[Config.__module__].__doc__ or "").strip()
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [--flag value] ...", description=doc.partition("\n")[0],
+        epilog="\n".join(re.findall("^    python.*", doc, re.M)), allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter, exit_on_error=False)
+    kinds = {bool: dict(action=argparse.BooleanOptionalAction), int: dict(type=int, metavar="int"),
+             float: dict(type=float, metavar="float"),      # and runs/x/ is the path runs/x
+             str: dict(type=lambda text: text and os.path.normpath(text), metavar="str")}
     for f in sorted(dataclasses.fields(Config), key=lambda f: hasattr(Shared, f.name)):
-        kind = dict(choices=get_args(f.type))
-        if f.type is bool:
-            kind = dict(action=argparse.BooleanOptionalAction)
-        elif not get_args(f.type):
-            kind = dict(type=clean if f.type is str else f.type, metavar=f.type.__name__)
+        kind = kinds.get(f.type, dict(choices=get_args(f.type)))
         note = f"{notes.get(f.name, '')} [{f.default}]".replace("%", "%%")
         parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=note, **kind)
     return parser
@@ -130,17 +120,17 @@ def parse(Config, presets, argv=None):
     """A Config from a command line: its defaults < presets < what is given. A preset counts if
     every word of its key ("cifar10", "cifar10 cd") is the value of a flag; later ones win. --sample
     starts from the flags of the run that it names."""
-    given, rest = make_parser(Config).parse_known_args(argv)
+    with blame("wrong use"):
+        given, rest = make_parser(Config).parse_known_args(argv)
     known = {f.name: f for f in dataclasses.fields(Config)}
     for word in rest:
         near = difflib.get_close_matches(word.split("=")[0].lstrip("-"), known, 1) or ["help"]
         raise UserError(f"unknown argument {word}; did you mean --{near[0]}?")
     flags = vars(given)
     if flags.get("sample"):
-        mine = Path(inspect.getfile(Config))
+        script = Path(inspect.getfile(Config)).stem
         saved = read_json(f"{flags['sample']}/config.json")
-        need(saved.get("script") == mine.stem, f"--sample {flags['sample']} holds no run of "
-             f"{mine.name}: see its config.json")
+        need(saved.get("script") == script, f"--sample {flags['sample']}: no run of {script}")
         names = known.keys() & saved.keys() - {*FREE, "seed"}
         flags = {name: saved[name] for name in names} | flags
     values = {name: f.default for name, f in known.items()} | flags
@@ -161,14 +151,14 @@ def check(cfg):
         if f.type in (int, float) and f.name != "p_mean":
             need(least <= value < 2**63, f"--{f.name} is a number of at least {least}, not {value}")
         need(value or not f.name.startswith(("lr", "sigma")), f"--{f.name} must be greater than 0")
-    parts, names = cfg.accumulate * processes(), [*TOYS, *WANTED]
+    parts, names = cfg.accumulate * processes(), [*TOYS, *FORMATS]
     need(cfg.data in names, f"unknown data set {cfg.data!r}: choose one of {', '.join(names)}")
     need(cfg.sigma_min < cfg.sigma_max, "--sigma_min must lie below --sigma_max")
     need(cfg.ema < 1, f"--ema is a decay in [0, 1), not {cfg.ema}")
     need(cfg.width % 4 == 0, f"--width must be a multiple of 4, not {cfg.width}")
     need(cfg.batch % parts == 0, f"--batch {cfg.batch} does not divide into {parts} parts")
     need(cfg.samples > 1 or cfg.sample, "--samples must be at least 2 to measure anything")
-    need(cfg.data in WANTED or not cfg.fid, "--fid is for images; toys are measured by H without")
+    need(cfg.data in FORMATS or not cfg.fid, "--fid is for images; toys are measured by H without")
     need(cfg.device != "cuda" or torch.cuda.is_available(), "--device cuda: PyTorch sees no GPU")
 
 
@@ -190,7 +180,7 @@ def main(Config, presets, train, sample):
     except KeyboardInterrupt as e:
         code, sentence = e.args or (130, "stopped")
     except (RuntimeError, MemoryError) as e:
-        if not isinstance(e, MemoryError) and "memory" not in str(e):
+        if "memory" not in repr(e).lower():
             raise
     if rank() == 0:
         print(f"{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr, flush=True)
@@ -226,8 +216,7 @@ def on_device(numbers, device):
 class GaussianMixture(nn.Module):
     """Mixture of isotropic Gaussians, closed-form at every noise level: data set and perfect
     teacher in one. means (K, D); std >= 0, one for all; weights (K,), equal by default; groups (K,)
-    the class of each component, its own by default. With samples as means and std = 0 it is the
-    exact denoiser of that sample set."""
+    the class of each component, its own by default. std 0: the exact denoiser of a sample set."""
 
     def __init__(self, means, std=0.0, weights=None, groups=None):
         super().__init__()
@@ -374,26 +363,21 @@ def fits(shape):
     return shape[0] in (1, 3) and shape[1] == shape[2] and shape[2] % 4 == 0
 
 
-WANTED = dict(
-    mnist="train-images-idx3-ubyte and train-labels-idx1-ubyte, gzipped or not",
-    cifar10="cifar-10-binary.tar.gz, its folder cifar-10-batches-bin, or EDM's .zip",
-    imagenet64="EDM's .zip, or train_data_batch_1.npz and so on (downsampled ImageNet)",
-    images="PNG or JPEG in a folder or .zip, or images (N, H, W[, C]) or (N, C, H, W) uint8 in an "
-    ".npz: grey or RGB, of one size, square, side a multiple of 4")
 MNIST = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 CIFAR10 = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 
 
 def read_data(cfg):
     """The Images in --data_dir; UserError, which says what is wanted, for anything else."""
-    where, classes = Path(cfg.data_dir), dict(mnist=10, cifar10=10, imagenet64=1000)
-    readers = dict(mnist=read_mnist, cifar10=read_cifar10, imagenet64=read_imagenet)
-    with blame(f"--data_dir {where} has no {WANTED[cfg.data]}"):
-        images, labels = first_alone(readers.get(cfg.data, read_images), cfg, where)
-        need(labels is not None or not cfg.cond, "its images have no labels: omit --cond")
+    read, classes, wanted = FORMATS[cfg.data]
+    with blame(f"--data_dir {cfg.data_dir} has no {wanted}"):
+        images, labels = first_alone(read, cfg, Path(cfg.data_dir))
         good = len(images) and fits(images.shape[1:]) and images.dtype == np.uint8
         need(good, f"its images are {images.shape} {images.dtype}")
-        return Images(images, labels, classes.get(cfg.data, 0), pick_device(cfg), cfg.flip)
+        need(labels is not None or not cfg.cond, "its images have no labels: omit --cond")
+        good = labels is None or len(labels) == len(images) and labels.dtype.kind in "iu"
+        need(good, "labels must be a class number for each image")
+        return Images(images, labels, classes, pick_device(cfg), cfg.flip)
 
 
 def download(cfg, url, path, sha256):
@@ -409,15 +393,12 @@ def read_mnist(cfg, where):
     raw, folder = [], where if any(where.glob("train-images*")) else where / "mnist"
     for name, sha256 in (("train-images-idx3-ubyte", "440fcabf73cc546fa21475e81ea37026"),
                          ("train-labels-idx1-ubyte", "3552534a0a558bbed6aed32b30c495cc")):
-        if (folder / name).exists():
-            raw.append((folder / name).read_bytes())
-        else:
-            download(cfg, f"{MNIST}{name}.gz", folder / f"{name}.gz", sha256)
-            raw.append(gzip.decompress((folder / f"{name}.gz").read_bytes()))
-    images = np.frombuffer(bytearray(raw[0]), np.uint8, offset=16).reshape(-1, 1, 28, 28)
-    labels = np.frombuffer(bytearray(raw[1]), np.uint8, offset=8)
-    need(len(labels) == len(images), f"{len(images)} images, {len(labels)} labels")
-    return images, labels
+        plain, zipped = folder / name, folder / f"{name}.gz"
+        if not plain.exists():
+            download(cfg, f"{MNIST}{name}.gz", zipped, sha256)
+        raw.append(plain.read_bytes() if plain.exists() else gzip.decompress(zipped.read_bytes()))
+    images = np.frombuffer(bytearray(raw[0]), np.uint8, offset=16)
+    return images.reshape(-1, 1, 28, 28), np.frombuffer(bytearray(raw[1]), np.uint8, offset=8)
 
 
 def read_cifar10(cfg, where):
@@ -446,19 +427,17 @@ def read_imagenet(cfg, where):
     files = sorted(where.glob("train_data_batch_*.npz"), key=lambda p: (len(p.name), p.name))
     if not files:
         return read_images(cfg, where, (3, 64, 64))
-    order, names = np.arange(1000), where / "map_clsloc.txt"
+    names, place = where / "map_clsloc.txt", {k: k - 1 for k in range(1, 1001)}
     if names.exists():                                  # lines such as "n02119789 1 kit_fox"
-        order[:] = -1
-        words = names.read_text().split()
-        for place, (_, number) in enumerate(sorted(zip(words[::3], words[1::3]))):
-            order[int(number) - 1] = place
+        lines = sorted(line.split() for line in names.read_text().splitlines())
+        place = {int(line[1]): i for i, line in enumerate(lines)}
     need(names.exists() or not cfg.cond or not cfg.teacher.endswith(".pkl"), "the official "
          "map_clsloc.txt is missing: without it, classes are not in the teacher's order")
-    labels = np.concatenate([np.load(file)["labels"].reshape(-1) for file in files])
-    good = labels.min() >= 1 and labels.max() <= 1000 and order[labels - 1].min() >= 0
-    need(good, "labels are not 1 to 1000, all mapped")
+    labels = np.concatenate([np.load(file)["labels"].reshape(-1) for file in files]).tolist()
+    need(place.keys() >= set(labels), "labels are not 1 to 1000, all mapped")
     parts = (np.load(file)["data"].reshape(-1, 3, 64, 64) for file in files)
-    return memory_map(cfg, files, (len(labels), 3, 64, 64), parts), order[labels - 1]
+    images = memory_map(cfg, files, (len(labels), 3, 64, 64), parts)
+    return images, np.array([place[k] for k in labels])
 
 
 def read_images(cfg, where, shape=None):
@@ -466,84 +445,76 @@ def read_images(cfg, where, shape=None):
     A `shape` that is given is that of EDM's zips, which have their labels in dataset.json."""
     if where.suffix == ".npz":
         return read_npz(where)
-    names, read = open_pictures(where)
-    known = {} if shape else folder_classes(names)
-    if "dataset.json" in names:
-        names.remove("dataset.json")
-        known = dict(json.loads(read("dataset.json")).get("labels") or [])
-    need(names, "there are no images")
-    need(not known or known.keys() >= set(names), "some images have a class and some have none")
-    shape = read_picture(names[0], read(names[0]), shape).shape[1:]
+    paths = list_files(where)
+    index = paths.pop("dataset.json", None)
+    known = {} if shape else {name: name.split("/")[0] for name in paths if "/" in name}
+    if index:
+        known = dict(json.loads(index.read_bytes()).get("labels") or [])
+    need(paths, "there are no images")
+    shape = read_picture(next(iter(paths.values())), shape).shape
     need(fits(shape), f"its images are {shape}")
-    parts = (read_picture(name, read(name), shape) for name in names)
-    files = [where / name for name in names] if where.is_dir() else [where]
-    labels = np.array([known[name] for name in names]) if known else None
-    return memory_map(cfg, files, (len(names), *shape), parts), labels
+    labels = None
+    if known:
+        need(known.keys() >= paths.keys(), "some images have a class and some have none")
+        labels = np.array([known[name] for name in paths])
+        if labels.dtype.kind == "U":                    # folders' names: numbers in their order
+            labels = np.unique(labels, return_inverse=True)[1]
+    parts = (read_picture(path, shape) for path in paths.values())
+    files = paths.values() if where.is_dir() else [where]
+    return memory_map(cfg, files, (len(paths), *shape), parts), labels
 
 
-def folder_classes(names):
-    """{name: class number} of the files that are in a sub-folder."""
-    folders = {name: name.split("/")[0] for name in names if "/" in name}
-    number = {folder: i for i, folder in enumerate(sorted(set(folders.values())))}
-    return {name: number[folder] for name, folder in folders.items()}
-
-
-def open_pictures(where):
-    """(sorted names of all files but hidden ones, read(name) -> bytes) of a folder or a .zip."""
+def list_files(where):
+    """{name: path}, sorted, of all files but hidden ones in a folder or a .zip."""
     if where.is_dir():
         for folder in where.iterdir():
             need(folder.is_file() or any(folder.iterdir()), f"class folder {folder} is empty")
-        names = [path.relative_to(where).as_posix() for path in where.rglob("*") if path.is_file()]
-
-        def read(name):
-            return (where / name).read_bytes()
+        paths = {path.relative_to(where).as_posix(): path for path in where.rglob("*")}
     else:
-        archive = zipfile.ZipFile(where)
-        names, read = archive.namelist(), archive.read
-    hidden = re.compile(r"(^|/)(\.|__MACOSX)|/$")
-    return sorted(name for name in names if not hidden.search(name)), read
+        root = zipfile.Path(where)
+        paths = {name: root / name for name in root.root.namelist()}
+    hidden = re.compile(r"(^|/)(\.|__MACOSX)")
+    names = sorted(name for name in paths if not hidden.search(name))
+    return {name: paths[name] for name in names if paths[name].is_file()}
 
 
-def read_picture(name, raw, shape):
-    """uint8 (1, C, H, W) of the bytes of one PNG or JPEG file; UserError if it has not `shape`."""
-    from PIL import Image
-    with blame(f"{name} is no picture, or damaged"):
-        picture = Image.open(io.BytesIO(raw))
+def read_picture(path, shape):
+    """uint8 (C, H, W) of a PNG or JPEG file; UserError if it has not `shape`."""
+    with blame(f"{path} is no picture, or damaged"):
+        picture = Image.open(io.BytesIO(path.read_bytes()))
         pixels = np.atleast_3d(np.asarray(picture)).transpose(2, 0, 1)
-    need(picture.mode in ("L", "RGB"), f"{name} has mode {picture.mode}, not L (grey) or RGB")
-    need(shape in (None, pixels.shape), f"{name} is {pixels.shape}, not {shape} as it should be")
-    return pixels[None]
+    need(picture.mode in ("L", "RGB"), f"{path} has mode {picture.mode}, not L (grey) or RGB")
+    need(shape in (None, pixels.shape), f"{path} is {pixels.shape}, not {shape} as it should be")
+    return pixels
 
 
 def read_npz(where):
     """(images (N, C, H, W), labels or None) of an .npz of your own."""
-    with np.load(where) as z:
-        images, labels = z["images"], z["labels"].reshape(-1) if "labels" in z else None
+    z = np.load(where)
+    images, labels = z["images"], z["labels"].reshape(-1) if "labels" in z else None
     images = images[:, None] if images.ndim == 3 else images
     if images.shape[3] in (1, 3):
         images = images.transpose(0, 3, 1, 2)
-    good = labels is None or len(labels) == len(images) and labels.dtype.kind in "iu"
-    need(good, "labels must be a class number for each image")
     return np.ascontiguousarray(images), labels
 
 
 def memory_map(cfg, files, shape, parts):
-    """Images of this shape in one file that need not fit memory, made once from parts (n, C, H, W)
-    and kept beside the runs under a key of the files. It is renamed at the end, hence whole."""
+    """Images of this shape in one file, made once from parts and kept beside the runs."""
     facts = [[str(file), os.path.getsize(file), os.path.getmtime(file)] for file in files]
-    path = runs_folder(cfg) / f"images-{checksum(facts)}.npy"
-
-    def write(f):
-        header = dict(descr="|u1", fortran_order=False, shape=shape)
-        np.lib.format.write_array_header_1_0(f, header)
-        end = f.tell() + math.prod(shape)
-        for part in tqdm(parts, f"reading {cfg.data_dir}", ncols=79):
-            f.write(np.ascontiguousarray(part).data)
-        need(f.tell() == end, "it has not as many labels as images")
-
+    path = runs_folder(cfg) / f"images-{checksum(facts)}.bin"
     if not path.exists():
-        write_atomically(path, write)
-    return np.load(path, mmap_mode="c")
+        raw = (part.tobytes() for part in tqdm(parts, f"reading {cfg.data_dir}", ncols=79))
+        write_atomically(path, lambda f: f.writelines(raw))
+    need(path.stat().st_size == math.prod(shape), "it has not as many labels as images")
+    return np.memmap(path, np.uint8, "c", shape=shape)
+
+
+FORMATS = dict(
+    mnist=(read_mnist, 10, "train-images-idx3-ubyte and train-labels-idx1-ubyte, gzipped or not"),
+    cifar10=(read_cifar10, 10, "cifar-10-binary.tar.gz, cifar-10-batches-bin, or EDM's .zip"),
+    imagenet64=(read_imagenet, 1000, "EDM's .zip, or train_data_batch_1.npz and so on"),
+    images=(read_images, 0, "PNG or JPEG in a folder or .zip, or images (N, H, W[, C]) or (N, C, "
+            "H, W) uint8 in an .npz: grey or RGB, of one size, square, side a multiple of 4"))
 
 
 # ---- 3. noise levels -----------------------------------------------------------------------------
@@ -556,8 +527,7 @@ def uniform(x):
 
 def level(x, sigma):
     """The number sigma as levels (B, 1, ...) for x (B, ...)."""
-    shape = (len(x), *[1] * (x.ndim - 1))
-    return torch.full(shape, float(sigma), device=x.device, dtype=x.dtype)
+    return x.new_full((len(x), *[1] * (x.ndim - 1)), float(sigma))
 
 
 def karras(u, sigma_min, sigma_max, rho=7):
@@ -669,17 +639,16 @@ class MLP(nn.Module):
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group norm in x's own type: on GPUs autocast would work in float32 and keep twice as much."""
+    """Group norm with EDM's min(32, c / 4) groups, or fewer where that does not divide c; in x's
+    own type: on GPUs autocast would work in float32 and keep twice as much."""
+
+    def __init__(self, c, adm):
+        super().__init__(math.gcd(min(32, max(c // 4, 1)), c), c, 1e-5 if adm else 1e-6)
 
     def forward(self, x):
         with torch.autocast(x.device.type, torch.bfloat16, False):
             weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
             return F.group_norm(x, self.num_groups, weight, bias, self.eps)
-
-
-def group_norm(c, adm):
-    """Group norm with EDM's min(32, c / 4) groups, or fewer where that does not divide c."""
-    return GroupNorm(math.gcd(min(32, max(c // 4, 1)), c), c, 1e-5 if adm else 1e-6)
 
 
 class Block(nn.Module):
@@ -689,15 +658,15 @@ class Block(nn.Module):
         super().__init__()
         self.adm, self.resample, self.dropout = adm, resample, 0.0
         self.scale = 1 if adm else 0.5**0.5             # DDPM++ keeps the sum's variance at one
-        self.norm0, self.conv0 = group_norm(c_in, adm), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm0, self.conv0 = GroupNorm(c_in, adm), nn.Conv2d(c_in, c_out, 3, padding=1)
         self.affine = nn.Linear(c_emb, c_out * (2 if adm else 1))
-        self.norm1, self.conv1 = group_norm(c_out, adm), nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.norm1, self.conv1 = GroupNorm(c_out, adm), nn.Conv2d(c_out, c_out, 3, padding=1)
         self.skip, self.heads = nn.Identity(), 0
         if c_in != c_out or (resample and not adm):
             self.skip = nn.Conv2d(c_in, c_out, 1)
         if attention:
             self.heads = math.gcd(c_out // 64 or 1, c_out) if adm else 1    # ADM: 64 channels each
-            self.norm2, self.proj = group_norm(c_out, adm), nn.Conv2d(c_out, c_out, 1)
+            self.norm2, self.proj = GroupNorm(c_out, adm), nn.Conv2d(c_out, c_out, 1)
             self.qkv = nn.Conv2d(c_out, 3 * c_out, 1)
 
     def resize(self, x):        # EDM's [1, 1] filter is nearest neighbour up and 2x2 mean down
@@ -719,17 +688,15 @@ class Block(nn.Module):
         return (x + self.attend(x)) * self.scale if self.heads else x
 
     def attend(self, x):
-        b, c, height, width = x.shape           # q, k, v are the fastest of EDM's 3C channels
-        qkv = self.qkv(self.norm2(x)).reshape(b, self.heads, c // self.heads, 3, height * width)
+        qkv = self.qkv(self.norm2(x)).flatten(2).unflatten(1, (self.heads, -1, 3))  # v is fastest
         q, k, v = qkv.permute(3, 0, 1, 4, 2).contiguous()       # as PyTorch's fused kernels want it
         a = F.scaled_dot_product_attention(q, k, v)                                 # (B, h, HW, c)
-        return self.proj(a.transpose(2, 3).reshape(b, c, height, width))
+        return self.proj(a.transpose(2, 3).reshape(x.shape))
 
 
 class UNet(nn.Module):
-    """EDM's two image networks, with EDM's parameter names: DDPM++ (CIFAR-10: 55,733,891
-    parameters) and ADM (adm=True, ImageNet-64: 295,899,267). width channels times mult[i] at
-    resolution / 2^i. patch=2 works on 2x2 pixels as channels: for small networks on a CPU."""
+    """EDM's two image networks with its parameter names, DDPM++ and ADM (adm=True): width channels
+    times mult[i] at resolution / 2^i. patch=2 takes 2x2 pixels as channels, for a CPU."""
 
     def __init__(self, resolution=32, channels=3, label_dim=0, width=128, mult=(2, 2, 2), blocks=4,
                  attention=(16,), augment_dim=0, adm=False, patch=1, second=False):
@@ -762,9 +729,9 @@ class UNet(nn.Module):
         self.feature_shape = (skips[-1], sides[-1], sides[-1])
         self.dec = self.make_decoder(skips, sides, c_emb)
         if adm:
-            self.out_norm, self.out_conv = group_norm(width * mult[0], adm), last
+            self.out_norm, self.out_conv = GroupNorm(width * mult[0], adm), last
         else:
-            self.dec[f"{sides[0]}x{sides[0]}_aux_norm"] = group_norm(width * mult[0], adm)
+            self.dec[f"{sides[0]}x{sides[0]}_aux_norm"] = GroupNorm(width * mult[0], adm)
             self.dec[f"{sides[0]}x{sides[0]}_aux_conv"] = last
         self.initialise(last)
         if second:
@@ -845,8 +812,7 @@ def build(cfg, data):
     kind, width, label_dim, (first, *sides) = cfg.net, cfg.width, data.label_dim, data.shape
     if kind == "auto":
         kind = "small" if sides else "mlp"
-    need(bool(sides) == (kind != "mlp"), f"--net {kind} does not take samples {data.shape}: toys "
-         "take mlp, images small, ddpmpp or adm")
+    need(bool(sides) == (kind != "mlp"), f"--net {kind}: toys take mlp, images small, ddpmpp, adm")
     if kind == "mlp":
         net = MLP(first, label_dim, width or 128)
     elif kind == "small":       # ADM's blocks on 2x2 patches: learned most in a CPU core's minutes
@@ -944,8 +910,7 @@ def teacher_pairs(cfg, data, teacher, count):
     def make(seed, n):
         torch.manual_seed(seed)
         z, label = torch.randn(n, *data.shape, device=device), draw_label(n, data, device)
-        pairs = z, label, teacher_samples(cfg, teacher, z, label, cfg.sigma_init)
-        return [t if t is None else t.cpu() for t in pairs]
+        return z, label, teacher_samples(cfg, teacher, z, label, cfg.sigma_init)
 
     with fork_rng(device):                              # the caller's random numbers stay the same
         key = checksum([cfg.sigma_min, cfg.sigma_init, data.class_weights], *make(0, 4))
@@ -953,12 +918,11 @@ def teacher_pairs(cfg, data, teacher, count):
             n = min(1000, count - i)
             path = runs_folder(cfg) / f"pairs-{cfg.data}-{key}" / f"{i}-{n}.pt"
             if not path.exists():
-                save_tensors(path, make(i, n))
+                part = make(i, n)
+                write_atomically(path, lambda f: torch.save(part, f))
             parts.append(load_tensors(path))
-    z, label, x = zip(*parts)
-    pairs = [torch.cat(z), None if label[0] is None else torch.cat(label), torch.cat(x)]
-    keep = device if pairs[0].nbytes <= 2**30 else "cpu"
-    return [t if t is None else t.to(keep) for t in pairs]
+    keep = device if count * math.prod(data.shape) <= 2**28 else "cpu"      # floats of 4 bytes
+    return [None if t[0] is None else torch.cat(t).to(keep) for t in zip(*parts)]
 
 
 def checksum(facts, *tensors):
@@ -970,13 +934,9 @@ def checksum(facts, *tensors):
     return key.hexdigest()[:8]
 
 
-def save_tensors(path, tensors):
-    write_atomically(path, lambda f: torch.save(tensors, f))
-
-
 def load_tensors(path):
     """What torch.save wrote; UserError if it is damaged."""
-    with blame(f"{path} is damaged, or no file of onestep"):
+    with blame(f"{path} is damaged, missing, or no file of onestep"):
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -990,7 +950,7 @@ def save_denoiser(path, network, cfg):
     saved |= {name: getattr(network, name, None) for name in ATTRIBUTES}
     if isinstance(network, Denoiser):
         saved |= dict(kind=type(network.net).__name__, spec=network.net.spec)
-    save_tensors(path, saved)
+    write_atomically(path, lambda f: torch.save(saved, f))
 
 
 def load_denoiser(path, cfg, network=None):
@@ -999,7 +959,6 @@ def load_denoiser(path, cfg, network=None):
     if str(path).endswith(".pkl"):
         return load_edm(path, cfg)
     path = Path(path) / "ema.pt" if Path(path).is_dir() else Path(path)
-    need(path.is_file(), f"{path}: no such file; give an ema.pt, or the folder of a run")
     saved = load_tensors(path)
     need(isinstance(saved, dict) and saved.get("onestep") == 2, f"{path} is no ema.pt of onestep 2")
     need(network or "kind" in saved, f"{path} has a network of your own; pass it as `network`")
@@ -1012,7 +971,7 @@ def load_denoiser(path, cfg, network=None):
     return place(network.eval(), cfg)
 
 
-class _Inert:
+class _Inert(dict):
     """Stands for every class and function of a pickle: keeps what it is given, does nothing."""
 
     def __init__(self, *args):
@@ -1034,8 +993,6 @@ class _EdmReader(pickle._Unpickler):
     """Reads a pickle as data: nothing in it is imported or called but these harmless names. Only
     string keys are kept, and no sets: to hash a hostile key may take for ever."""
     harmless = {
-        "collections.OrderedDict": dict,
-        "dnnlib.util.EasyDict": dict,
         "torch._utils._rebuild_tensor_v2": _tensor,
         "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
         "torch.storage._load_from_bytes": lambda b: torch.load(io.BytesIO(b), weights_only=True)}
@@ -1047,14 +1004,11 @@ class _EdmReader(pickle._Unpickler):
         pairs = zip(items[::2], items[1::2])
         self.stack[-1].update({key: value for key, value in pairs if isinstance(key, str)})
 
-    def set_item(self):
-        value = self.stack.pop()
-        self.set_items([self.stack.pop(), value])
-
     dispatch = pickle._Unpickler.dispatch | {
-        pickle.SETITEM[0]: set_item, pickle.ADDITEMS[0]: pickle._Unpickler.pop_mark,
-        pickle.SETITEMS[0]: lambda self: self.set_items(self.pop_mark())}
-    del dispatch[pickle.FROZENSET[0]]
+        pickle.SETITEM[0]: lambda self: self.set_items([self.stack.pop(-2), self.stack.pop()]),
+        pickle.SETITEMS[0]: lambda self: self.set_items(self.pop_mark()),
+        pickle.ADDITEMS[0]: pickle._Unpickler.pop_mark}
+    del dispatch[pickle.FROZENSET[0]], dispatch[pickle.DICT[0]]
 
 
 def edm_weights(module, prefix="", depth=0):
@@ -1093,11 +1047,9 @@ def load_edm(path, cfg):
             net = UNet(known["img_resolution"], known["img_channels"], known["label_dim"],
                        how["model_channels"], how["channel_mult"], how["num_blocks"],
                        how["attn_resolutions"], how["augment_dim"], adm)
-        sizes = {name: p.shape for name, p in net.state_dict().items()}
-        need(sizes == {name: t.shape for name, t in weights.items()},
-             "its network is neither DDPM++ nor ADM (the -vp and -adm files are)")
         weights = {name: t.float().contiguous() for name, t in weights.items()}
-        net.load_state_dict(weights, assign=True)
+        with blame("its network is neither DDPM++ nor ADM (the -vp and -adm files are)"):
+            net.load_state_dict(weights, assign=True)
         denoiser = Denoiser(net, float(known["sigma_data"]), cfg.dtype)
         need(0 < denoiser.sigma_data < math.inf, "its sigma_data is no positive number")
     denoiser.config = {}
@@ -1114,9 +1066,8 @@ def load_teacher(cfg, data, teacher=None):
     elif teacher is None:
         teacher = load_denoiser(cfg.teacher, cfg) if cfg.teacher else fit_teacher(cfg, data, exact)
     if isinstance(teacher, Denoiser):
-        need((*teacher.shape, teacher.label_dim) == (*data.shape, data.label_dim),
-             f"--teacher {cfg.teacher} makes {teacher.shape} in {teacher.label_dim} classes, the "
-             f"data is {data.shape} in {data.label_dim}: see --data and --cond")
+        made, wanted = [f"{tuple(d.shape)} in {d.label_dim} classes" for d in (teacher, data)]
+        need(made == wanted, f"the teacher makes {made}, the data is {wanted}: see --data, --cond")
     if isinstance(teacher, nn.Module):
         teacher.to(pick_device(cfg)).requires_grad_(False)
     with fork_rng(pick_device(cfg)):                    # the caller's random numbers stay the same
@@ -1144,9 +1095,8 @@ def initial_student(cfg, data, teacher=None, student=None):
 
 
 def fit_teacher(cfg, data, exact=None):
-    """A Denoiser fitted to the data by EDM's loss, or to the answers of `exact`, a denoiser. Kept
-    in runs/teacher-<data>-<key>, the key made of the settings, of samples and of exact's answers to
-    them; a later call loads it, an interrupted one goes on."""
+    """A Denoiser fitted to the data, or to the answers of `exact`, a denoiser. It is kept in a
+    folder named by settings, samples and answers: a later call loads it, or goes on."""
     toy, large = len(data.shape) == 1, cfg.net in ("ddpmpp", "adm")
     lr = 2e-3 if toy else 4e-3
     same = dict(data=cfg.data, net=cfg.net, width=cfg.width, cond=cfg.cond, dtype=cfg.dtype,
@@ -1198,7 +1148,8 @@ def train_teacher(fit, data, exact):
         run.log(loss=loss)
         if step == 0 and run.due():
             run.show(panels, label_show)                # so that one sees at once what was read
-    run.finish({})
+    if rank() == 0:
+        run.finish({})
     largest([0])                                        # the others wait for the first one's files
 
 
@@ -1230,14 +1181,12 @@ extern "C" __global__ void weighted_score_gradient(const float* x, const float* 
 
 @torch.no_grad()
 def weighted_score_gradient(x, d_real, d_fake, h):
-    """The student's gradient in its own samples, g (B, ...) = h (d_fake - d_real) / mean|x -
-    d_real|.
+    """The student's gradient in its samples, g (B, ...) = h (d_fake - d_real) / mean|x - d_real|:
+    distribution matching with DMD's weight (DMD, arXiv 2311.18828, Eqs. 7 and 8).
 
     x, d_real, d_fake (B, ...) float32: samples, the teacher's and the fake score's estimates of
-    them from x_t; h (B,) weights. Since s_fake - s_real = (d_fake - d_real) / sigma^2, it is the
-    distribution matching gradient with DMD's weight (DMD, arXiv 2311.18828, Eqs. 7 and 8). Elements
-    that are not finite become 0: the one place where that is done. On a GPU it is one kernel,
-    compiled at the first call; elsewhere, the last lines. UserError if shapes differ."""
+    them from x_t; h (B,) weights. Elements that are not finite become 0, here and nowhere else. On
+    a GPU it is one kernel, elsewhere the last lines. UserError if shapes differ."""
     need(x.shape == d_real.shape == d_fake.shape and h.shape == x.shape[:1],
          f"x {x.shape}, d_real {d_real.shape} and d_fake {d_fake.shape} must agree, h be (B,)")
     kernel = load_kernel() if x.is_cuda and x.numel() else None
@@ -1256,8 +1205,7 @@ def load_kernel():
     """The kernel, compiled by PyTorch's own NVRTC; None, after one warning, if that fails."""
     try:
         from torch.utils import cpp_extension
-        if cpp_extension.CUDA_HOME is None:
-            cpp_extension.CUDA_HOME = ""                # PyTorch asks for it, though NVRTC does not
+        cpp_extension.CUDA_HOME = cpp_extension.CUDA_HOME or ""     # asked for, though not by NVRTC
         return torch.cuda._compile_kernel(WEIGHTING_CUDA, "weighted_score_gradient")
     except Exception as e:          # no NVRTC, no such function in this PyTorch, a compiler's error
         warnings.warn(f"the weighting op runs in plain PyTorch, its CUDA kernel failed: {e}")
@@ -1292,11 +1240,10 @@ def toy_metrics(x, data):
     y = data.sample(len(x))[0]
     out = dict(H=energy_coefficient(x, y))
     if isinstance(data, GaussianMixture):
-        for name, points in dict(in_3std=x, in_3std_data=y).items():
-            near = torch.cdist(points, data.means).min(1).values
-            out[name] = float((near < 3 * data.std).float().mean())
-        k = torch.cdist(x, data.means).argmin(1)
-        share = torch.bincount(k, minlength=len(data.means)) / len(x) / data.weights
+        near, k = torch.cdist(torch.cat([x, y]), data.means).min(1)
+        inside = (near < 3 * data.std).float().view(2, -1).mean(1).tolist()
+        out |= dict(in_3std=inside[0], in_3std_data=inside[1])
+        share = torch.bincount(k[:len(x)], minlength=len(data.means)) / len(x) / data.weights
         share = share[data.weights > 0]
         out |= dict(mode_min=float(share.min()), mode_max=float(share.max()))
     return out
@@ -1308,37 +1255,33 @@ def to_uint8(x):
 
 
 @torch.no_grad()
-def inception_features(path, images, device):
-    """Features (N, 2048) of uint8 images, on the CPU, by NVIDIA's TorchScript Inception network."""
-    parts = []
+def inception_features(cfg, images):
+    """Features (N, 2048) of images, on the CPU, by NVIDIA's TorchScript Inception network."""
+    parts, device = [], pick_device(cfg)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                 # TorchScript is the format of this network
-        inception = torch.jit.load(path, map_location=device).eval()
-        for part in tqdm(images.split(64), "inception", leave=False, ncols=79):
+        inception = torch.jit.load(cfg.fid, map_location=device).eval()
+        for part in tqdm(to_uint8(images).split(64), "inception", leave=False, ncols=79):
             part = part.to(device).expand(-1, 3, -1, -1)
             parts.append(inception(part, return_features=True).float().cpu())
     return torch.cat(parts)
 
 
-def spread(rows, count):
-    """`count` of the rows, evenly spread: the first ones may all be of one class."""
-    return rows[torch.arange(count) * len(rows) // count]
-
-
 def fid_reference(cfg, data):
-    """(name, features (n, 2048) of training images, mean and covariance, float64, of them or of
-    EDM's file --fid_ref), the features kept beside the runs. UserError if --fid cannot work: a run
-    asks before any long work."""
+    """(name, features (n, 2048) of training images, kept beside the runs, mean and covariance of
+    them or of EDM's file --fid_ref). UserError if --fid cannot work: asked before long work."""
     given = not (cfg.fid_ref or "2").isdigit()
     with blame(f"--fid {cfg.fid} with --fid_ref {cfg.fid_ref!r} cannot be used"):
         count = min(len(data.images), 10000 if given else int(cfg.fid_ref or len(data.images)))
         need(min(count, cfg.samples) > 3, "at least 4 images and --samples are needed")
-        real = to_uint8(spread(data.images, count))
+        i = torch.arange(count) * len(data.images) // count     # the first may be of one class
+        real = data.images[i]
         network = hashlib.sha256(Path(cfg.fid).read_bytes()).hexdigest()
         key = checksum([count, len(data.images), network], real[:100])
         path = runs_folder(cfg) / f"fidref-{cfg.data}-{key}.pt"
         if not path.exists():
-            save_tensors(path, inception_features(cfg.fid, real, pick_device(cfg)))
+            features = inception_features(cfg, real)
+            write_atomically(path, lambda f: torch.save(features, f))
         real = load_tensors(path)
         name = f"train{thousands(count)}"
         mean, cov = real.double().mean(0), real.double().T.cov()
@@ -1378,11 +1321,12 @@ def fid(cfg, data, draw):
     """FID of draw(n, label) -> x by --samples samples, precision and recall by up to 10,000. Names
     say it all: fid50k_train50k is 50,000 samples against 50,000 training images, spread evenly."""
     name, real, mean, cov = fid_reference(cfg, data)
-    n, device = cfg.samples, pick_device(cfg)
-    fake = inception_features(cfg.fid, to_uint8(draw(n, draw_label(n, data, device))), device)
+    n = cfg.samples
+    fake = inception_features(cfg, draw(n, draw_label(n, data, pick_device(cfg))))
     distance = frechet_distance(fake.double().mean(0), fake.double().T.cov(), mean, cov)
     k = min(len(real), n, 10000)
-    precision, recall = precision_recall(spread(real, k), fake[:k])
+    real = real[torch.arange(k) * len(real) // k]
+    precision, recall = precision_recall(real, fake[:k])
     return {f"fid{thousands(n)}_{name}": distance, f"precision{thousands(k)}": precision,
             f"recall{thousands(k)}": recall}
 
@@ -1393,10 +1337,10 @@ ANGLE = "coloured by the angle of its noise"
 COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999"]
 
 
-def draw_panels(path, panels, paint, width=3.2):
+def draw_panels(path, panels, paint):
     """A PNG of panels {title: content} side by side, each by paint(axes, title, content)."""
     from matplotlib.figure import Figure                # no pyplot: no global state
-    figure = Figure(figsize=(width * len(panels), width + 0.2), layout="constrained")
+    figure = Figure(figsize=(3.2 * len(panels), 3.4), layout="constrained")
     for ax, title in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
         ax.set_title(title, fontsize=9)
         paint(ax, title, panels[title])
@@ -1519,10 +1463,9 @@ def write_atomically(path, write):
 
 def read_json(path):
     """The dictionary in a file, {} if there is none."""
-    try:
+    with contextlib.suppress(OSError, ValueError, TypeError):
         return dict(json.loads(Path(path).read_text()))
-    except (OSError, ValueError, TypeError):
-        return {}
+    return {}
 
 
 def runs_folder(cfg):
@@ -1561,18 +1504,16 @@ def begin(cfg, script):
 
 class Run:
     """The folder of one run: config.json, log.csv, log.png, samples.png, samples.gif, last.pt (all
-    that --resume needs), ema.pt (the student), metrics.json. `state` is everything with a
-    state_dict, and tensors; its `ema` is the student. An earlier run without --resume is renamed.
-    In a loop over steps(): part, samples of one forward pass; progress in [0, 1]; device; log, due,
-    show. After it: report. on_log is called with the numbers of each row of log.csv, a dict."""
+    that --resume needs), ema.pt (the student, `ema` in `state`, where all has a state_dict) and
+    metrics.json. In a loop over steps(): part, samples of one pass; progress in [0, 1]; device;
+    log, due, show. After it: report. on_log is called with each row of log.csv, a dict."""
 
     def __init__(self, cfg, script, on_log=None, **state):
-        self.cfg, self.script, self.state, self.rows = cfg, script, state, []
-        self.on_log, self.drawing = on_log, 0.0
+        self.cfg, self.script, self.on_log, self.state = cfg, script, on_log, state
         self.dir, self.device = run_folder(cfg, script), pick_device(cfg)
         self.part = cfg.batch // cfg.accumulate // processes()
-        self.step, self.progress, self.last, self.shown = 0, 0.0, False, -1
-        self.seconds, self.budget, self.history, self.stop = 0.0, 0.0, [], 0
+        self.step, self.progress, self.last, self.stop = 0, 0.0, False, 0
+        self.seconds, self.budget, self.drawing, self.rows, self.history = 0.0, 0.0, 0.0, [], []
         for part in state.values():
             if processes() > 1 and isinstance(part, torch.optim.Optimizer):
                 part.register_step_pre_hook(average_gradients)
@@ -1582,34 +1523,30 @@ class Run:
     def open(self):
         if not rank():
             self.lock()
-        resumed = self.cfg.resume and (self.dir / "last.pt").exists()
-        if resumed:
+        found = (self.dir / "last.pt").exists()
+        if found and self.cfg.resume:
             self.restore()
-        elif self.cfg.resume and self.script != "teacher":
-            print(f"nothing to resume in {self.dir}: it begins")
-        elif (self.dir / "last.pt").exists() and not rank():
+        elif found and not rank():
             aside = f"{self.dir}~{time.strftime('%Y%m%d-%H%M%S')}"
             self.dir.rename(aside)
             print(f"the earlier run in {self.dir} is now {aside}")
+        elif self.cfg.resume and self.script != "teacher":
+            print(f"nothing to resume in {self.dir}: it begins")
         if not rank():
             about = dict(script=self.script, torch=torch.__version__, processes=processes())
             about["fitted"] = getattr(self.cfg, "fitted", None)
-            self.write_json("config", dataclasses.asdict(self.cfg) | about)
-
-    def write_json(self, name, facts):
-        text = json.dumps(facts, indent=1)
-        write_atomically(self.dir / f"{name}.json", lambda f: f.write(text.encode()))
+            text = json.dumps(dataclasses.asdict(self.cfg) | about, indent=1)
+            write_atomically(self.dir / "config.json", lambda f: f.write(text.encode()))
 
     def lock(self):
         """Keep other processes out of the folder; a second fit of the same teacher waits."""
-        try:
-            import fcntl
-        except ImportError:                             # Windows has none
-            return
         name = f"onestep-{checksum(str(self.dir.resolve()))}.lock"
         self.held = open(Path(tempfile.gettempdir()) / name, "w")       # until `steps` ends
         try:
+            import fcntl
             fcntl.flock(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:                             # Windows has none
+            pass
         except BlockingIOError:
             need(self.script == "teacher", f"another process works in {self.dir}; wait for it")
             print(f"waiting for the process that fits {self.dir}", flush=True)
@@ -1618,35 +1555,39 @@ class Run:
     def steps(self):
         """Yield step numbers to the end of the training. Saves every --every steps, at the end, and
         when Ctrl-C or SIGTERM comes, which then raises KeyboardInterrupt."""
-        cfg, first, threads = self.cfg, self.step, torch.get_num_threads()
-        handlers = self.catch_signals()
-        if len(self.state["ema"].shape) == 1:
-            torch.set_num_threads(1)                    # small matrices: a second thread only waits
+        cfg, first = self.cfg, self.step
         if self.step == 0:                              # what has passed went to data and teacher
             self.budget = max(1.0, 60 * cfg.minutes - (time.time() - cfg.started))
         self.began = time.time() - self.seconds
         length = f"{cfg.minutes:g} minutes" if cfg.minutes else f"{cfg.steps:,} steps"
+        coming = f"{self.script} on {cfg.data}: {length}; watch\n{self.dir}/samples.png"
         if self.script == "teacher":
-            print(f"first a teacher of {cfg.data}, fitted once: {length}; the data:\n"
-                  f"{self.dir}/samples.png")
-        else:
-            print(f"{self.script} on {cfg.data}: {length}; watch\n{self.dir}/samples.png")
-        bar = tqdm(total=None if cfg.minutes else cfg.steps, initial=self.step, ncols=79,
-                   desc=self.script, disable=rank() > 0)
-        try:
+            coming = (f"first a teacher of {cfg.data}, fitted once: {length}; the data:\n"
+                      f"{self.dir}/samples.png")
+        print(coming)
+        with contextlib.ExitStack() as undo:            # at the end, all is as it was before
+            undo.callback(torch.set_num_threads, torch.get_num_threads())
+            if len(self.state["ema"].shape) == 1:
+                torch.set_num_threads(1)                # small matrices: a second one only waits
+            if threading.current_thread() is threading.main_thread():
+                for number in (signal.SIGINT, signal.SIGTERM):
+                    undo.callback(signal.signal, number, signal.signal(number, self.remember))
+            if rank() == 0:
+                undo.callback(self.held.close)
+            bar = undo.enter_context(tqdm(total=None if cfg.minutes else cfg.steps, ncols=79,
+                                          initial=self.step, desc=self.script, disable=rank() > 0))
             while not self.last:
                 self.look_at_clock()
                 yield self.step
                 bar.update()
                 self.end_step()
                 self.tell_time(bar, self.step - first)
-        finally:
-            bar.close()
-            torch.set_num_threads(threads)
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-            if hasattr(self, "held"):
-                self.held.close()
+
+    def remember(self, number, frame):
+        """Let Ctrl-C and SIGTERM wait for the end of the step; a second one does not wait."""
+        if self.stop:
+            raise KeyboardInterrupt
+        self.stop = int(number)
 
     def tell_time(self, bar, done):
         """After 15 steps, the first five being slow: about how long the rest will take."""
@@ -1668,32 +1609,20 @@ class Run:
             sentence = f"stopped, saved at step {self.step}; go on with --resume"
             raise KeyboardInterrupt(128 + self.stop, sentence)
 
-    def catch_signals(self):
-        """Let Ctrl-C and SIGTERM wait for the end of the step; a second one does not wait."""
-        def remember(number, frame):
-            if self.stop:
-                raise KeyboardInterrupt
-            self.stop = int(number)
-
-        try:
-            return {n: signal.signal(n, remember) for n in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:                              # not the main thread: leave signals alone
-            return {}
-
     def look_at_clock(self):
         """Progress in [0, 1] at a step's start, and whether it is the last; processes agree."""
-        before, now = self.progress, self.step / self.cfg.steps
+        self.before, now = self.progress, self.step / self.cfg.steps
         if self.cfg.minutes:
             now = min(1.0, (time.time() - self.began) / self.budget)
         self.progress, stop = largest([now, self.stop])
         self.stop, self.last = int(stop), self.step + 1 >= self.cfg.steps
         if self.cfg.minutes:                            # the last: the next would end too late
-            self.last = 2 * self.progress - before >= 1
+            self.last = 2 * self.progress - self.before >= 1
 
     def due(self):
         """True 24 times a run: the time for a picture."""
-        before, self.shown = self.shown, int(24 * self.progress)
-        return rank() == 0 and (self.shown > before or self.last)
+        due = self.step == 0 or self.last or int(24 * self.progress) > int(24 * self.before)
+        return due and rank() == 0
 
     def log(self, **values):
         """Keep a step's scalars; every 50 steps they are checked, averaged and written."""
@@ -1709,10 +1638,10 @@ class Run:
         for i, k in (~table.isfinite()).nonzero().tolist():
             raise UserError(f"{names[k]} became {table[i, k]} at step {first + i}; the checkpoint "
                             f"before it is kept in {self.dir}; a lower --lr may help")
-        means = [f"{v:.6g}" for v in table.mean(0).tolist()]
-        self.history.append([str(self.step), f"{self.seconds:.2f}", *means])
+        means = table.mean(0).tolist()
+        self.history.append([str(self.step), f"{self.seconds:.2f}", *[f"{v:.6g}" for v in means]])
         if self.on_log and rank() == 0:
-            self.on_log(dict(step=self.step, **dict(zip(names, table.mean(0).tolist()))))
+            self.on_log(dict(step=self.step, **dict(zip(names, means))))
         if rank() == 0:
             lines = [",".join(row) + "\n" for row in [["step", "seconds", *names], *self.history]]
             write_atomically(self.dir / "log.csv", lambda f: f.write("".join(lines).encode()))
@@ -1724,23 +1653,22 @@ class Run:
         write_atomically(self.dir / "samples.png", lambda f: f.write(path.read_bytes()))
         self.drawing = time.time() - start
 
-    KEPT = ("step", "last", "progress", "shown", "budget", "seconds", "history")
+    KEPT = ("step", "last", "progress", "budget", "seconds", "history")
 
     def save(self):
         """Checkpoint: ema.pt, then last.pt. Refuses weights that are not finite."""
         self.flush()
         ema = self.state["ema"]
-        need(all(p.isfinite().all() for p in ema.parameters()), f"weights are not finite at step "
-             f"{self.step}; the checkpoint before it is kept in {self.dir}; a lower --lr may help")
+        good = all(p.isfinite().all() for p in ema.parameters())
+        need(good, f"weights are not finite at step {self.step}; {self.dir} keeps those before it")
         saved = {name: getattr(self, name) for name in self.KEPT} | dict(minutes=self.cfg.minutes)
         saved["rng"] = [torch.get_rng_state()]
         if self.device.type == "cuda":
             saved["rng"].append(torch.cuda.get_rng_state(self.device))
-        saved["state"] = {name: part if torch.is_tensor(part) else part.state_dict()
-                          for name, part in self.state.items()}
+        saved["state"] = {name: part.state_dict() for name, part in self.state.items()}
         if rank() == 0:
             save_denoiser(self.dir / "ema.pt", ema, self.cfg)
-            save_tensors(self.dir / "last.pt", saved)
+            write_atomically(self.dir / "last.pt", lambda f: torch.save(saved, f))
             if self.history:
                 draw_log(self.dir)
         largest([0])
@@ -1749,10 +1677,8 @@ class Run:
         saved = load_tensors(self.dir / "last.pt")
         with blame(f"{self.dir}/last.pt is of other code; choose another --out to start afresh"):
             for name, part in self.state.items():
-                fill = part.copy_ if torch.is_tensor(part) else part.load_state_dict
-                fill(saved["state"][name])
-            for name in self.KEPT:
-                setattr(self, name, saved[name])
+                part.load_state_dict(saved["state"][name])
+            vars(self).update({name: saved[name] for name in self.KEPT})
         more = 60 * (self.cfg.minutes - saved["minutes"])
         self.budget += more
         self.last = self.last and more <= 0 if self.cfg.minutes else self.step >= self.cfg.steps
@@ -1763,27 +1689,30 @@ class Run:
                 torch.cuda.set_rng_state(state, self.device)
 
     def finish(self, metrics):
-        """metrics.json, log.png and samples.gif."""
-        if rank() == 0:
-            about = dict(steps=self.step, train_seconds=self.seconds, device=str(self.device))
-            if self.device.type == "cuda":
-                about["peak_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
-            self.write_json("metrics", metrics | about)
-            draw_gif(self.dir)
+        """metrics.json, and samples.gif: the run's pictures one after the other."""
+        about = dict(steps=self.step, train_seconds=self.seconds, device=str(self.device))
+        if self.device.type == "cuda":
+            about["peak_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+        text = json.dumps(metrics | about, indent=1)
+        write_atomically(self.dir / "metrics.json", lambda f: f.write(text.encode()))
+        files = sorted((self.dir / "samples").glob("*.png"))
+        frames = [Image.open(file).convert("P", palette=1, colors=32) for file in files]
+        if frames:
+            write_atomically(self.dir / "samples.gif", lambda f: frames[0].save(
+                f, "GIF", save_all=True, append_images=frames[1:], duration=200, loop=0))
 
-    def report(self, data, draw, **more):
-        """Measure the student draw(n, label) -> x; write and print the figures, those of `more`
-        among them, and where the picture is."""
+    def report(self, data, draw, **metrics):
+        """Measure the student draw(n, label) -> x; write and print the figures, those given among
+        them, and where the picture is."""
         if rank():
             return
-        cfg, metrics = self.cfg, dict(more)
+        n = self.cfg.samples
         with fork_rng(self.device):
-            torch.manual_seed(cfg.seed + 10**6)         # other numbers than the training's first
+            torch.manual_seed(self.cfg.seed + 10**6)    # other numbers than the training's first
             if len(data.shape) == 1:
-                label = draw_label(cfg.samples, data, self.device)
-                metrics |= toy_metrics(draw(cfg.samples, label), data)
-            elif cfg.fid:
-                metrics |= fid(cfg, data, draw)
+                metrics |= toy_metrics(draw(n, draw_label(n, data, self.device)), data)
+            elif self.cfg.fid:
+                metrics |= fid(self.cfg, data, draw)
         self.finish(metrics)
         for name, value in metrics.items():
             print(f"{name:24} {value:.5f}" if isinstance(value, float) else f"{name:24} {value}")
@@ -1799,16 +1728,6 @@ def draw_log(folder):
     step, _, *columns = np.array(rows, float).T
     draw_panels(folder / "log.png", dict(zip(names[2:], columns)),
                 lambda ax, title, column: ax.plot(step, column, color=COLORS[0], linewidth=1))
-
-
-def draw_gif(folder):
-    """samples.gif: the run's pictures one after the other."""
-    from PIL import Image
-    files = sorted((folder / "samples").glob("*.png"))
-    frames = [Image.open(file).convert("P", palette=1, colors=32) for file in files]
-    if frames:
-        write_atomically(folder / "samples.gif", lambda f: frames[0].save(
-            f, "GIF", save_all=True, append_images=frames[1:], duration=200, loop=0))
 
 
 def draw(cfg, sample):

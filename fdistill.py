@@ -136,12 +136,12 @@ def train(cfg, data=None, teacher=None, student=None, on_log=None):
     fake = initial_student(cfg, data, teacher)
     ema = copy.deepcopy(G).eval().requires_grad_(False)
     disc = make_discriminator(fake.net.feature_shape).to(next(fake.parameters()).device)
+    disc.register_buffer("bin_means", next(disc.parameters()).new_ones(cfg.bins))
     critic = [*fake.parameters(), *disc.parameters()]
-    bin_means = next(disc.parameters()).new_ones(cfg.bins)
     opt_G = torch.optim.Adam(G.parameters(), betas=(0.0, 0.99), fused=True)
     opt_fake = torch.optim.Adam(critic, betas=(0.0, 0.99), fused=True)
     run = Run(cfg, "fdistill", on_log, G=G, fake=fake, disc=disc, ema=ema, opt_G=opt_G,
-              opt_fake=opt_fake, bin_means=bin_means)
+              opt_fake=opt_fake)
     panels, z_show, label_show = gallery(cfg, data, teacher)
 
     for step in run.steps():
@@ -166,7 +166,7 @@ def train(cfg, data=None, teacher=None, student=None, on_log=None):
                 d_fake, feature = fake.with_feature(x_t, sigma, label)
                 d_fake = d_fake.detach()        # frees half of the graph: the GAN reads feature
                 logit = disc(feature)[:, 0]                                         # (B,)
-            r = balance_ratio(density_ratio(logit), u.flatten(), bin_means, cfg.ratio_ema)
+            r = balance_ratio(density_ratio(logit), u.flatten(), disc.bin_means, cfg.ratio_ema)
             loss = f_distill_loss(x, d_real, d_fake, r, cfg.divergence).mean()
             gan = gan_loss(logit).mean()
             ((loss + cfg.gan_weight * gan) / cfg.accumulate).backward(inputs=list(G.parameters()))

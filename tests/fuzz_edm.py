@@ -116,6 +116,8 @@ def bombs():
     equal = [b"\x8a\x0a" + (k * (2**61 - 1)).to_bytes(10, "little") + b"N" for k in range(1, 9**5)]
     out = {"2^200 as a key": b"}" + double + b"Ns", "2^200 in a set": b"\x8f(" + double + b"\x90",
            "2^200 frozen": b"(" + double + b"\x91", "2^200 as ema": ema + double + b"s",
+           "2^200 as a DICT's key": b"(" + double + b"Nd",
+           "2^200 in an OrderedDict": b"ccollections\nOrderedDict\n]" + double + b"N\x86a\x85R",
            "2^200 as a name": double + short("x") + b"\x93", "persistent": b"Pos.system\n",
            "2^200 as a class": ema + META + b"}" + short("class_name") + double + b"s\x85Rs",
            "equal hashes": b"}(" + b"".join(equal) + b"u", "extension": b"\x82\x01",
