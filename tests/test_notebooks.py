@@ -8,6 +8,7 @@ import importlib.util
 import io
 import json
 import re
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -45,10 +46,11 @@ def execute(file):
         if "image/png" in output.get("data", {}):
             raw = base64.b64decode(output.data["image/png"])
             pictures.append((output, Image.open(io.BytesIO(raw)).convert("RGB")))
+    method = Image.Quantize.MAXCOVERAGE                 # thin lines keep their colours
     for colours in (48, 24, 12):                        # until the notebook is small enough
         for output, picture in pictures:
             small = io.BytesIO()
-            picture.quantize(colours, dither=0).save(small, "png", optimize=True)
+            picture.quantize(colours, method, dither=0).save(small, "png", optimize=True)
             output.data["image/png"] = base64.b64encode(small.getvalue()).decode()
         if len(nbformat.writes(book)) < 195_000:
             break
@@ -98,18 +100,52 @@ def test_form(name):
     assert 2 <= raw.count("# Exercise ") == raw.count(": not yet\\n") <= 4
 
 
-def run_here(texts, monkeypatch):
-    """The names that some cells leave, run in this process, without Jupyter."""
+def run_here(texts, monkeypatch, folder=FOLDER):
+    """The names that some cells leave, run in this process and this folder, without Jupyter."""
     import matplotlib.pyplot as plt
     for name in ("IPython", "IPython.display"):
         monkeypatch.setitem(sys.modules, name, JUPYTER)
     monkeypatch.setattr("common.Run.show", None)        # the cells set it: so it is put back
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")      # likewise; PyTorch may have looked already
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr(sys, "path", sys.path[:])
-    monkeypatch.chdir(FOLDER)
+    monkeypatch.chdir(folder)
     names = {}
     with plt.rc_context():
         exec("\n".join(texts), names)
     return names
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_colab(name, monkeypatch, tmp_path, capsys):
+    """Alone in a folder, a notebook says which files it needs. In Colab it has these uploaded, by
+    the same lines in each notebook, and finds them when its first cell is run once more."""
+    text, *others = load(name)[2]
+    modules = [m for m in re.findall(r"^(?:import|from) (\w+)", text, re.M)
+               if (FOLDER.parent / f"{m}.py").exists()]
+    needed = sorted(f"{m}.py" for m in modules) + ["digits.pt"] * ("digits.pt" in "".join(others))
+    lines = re.search(r"^sys\.path.*?^if missing\(\):\n.*?\n", text, re.M | re.S)[0]
+    assert lines in load(NAMES[0])[2][0]
+    colab, uploaded, alone = mock.MagicMock(), [], tmp_path / "folder/in"
+    alone.mkdir(parents=True)
+
+    def upload():
+        for file in capsys.readouterr().out.split(": ")[1].split():
+            shutil.copy((FOLDER if file == "digits.pt" else FOLDER.parent) / file, file)
+            uploaded.append(file)
+
+    for module in modules:                              # from here on they are found by no path
+        importlib.import_module(module)
+    path = [place for place in sys.path if not Path(place, "common.py").exists()]
+    monkeypatch.setattr(sys, "path", path)
+    with pytest.raises(FileNotFoundError, match="put beside this notebook: common.py"):
+        run_here([text], monkeypatch, alone)
+    colab.files.upload = upload
+    monkeypatch.setitem(sys.modules, "google", mock.MagicMock())
+    monkeypatch.setitem(sys.modules, "google.colab", colab)
+    monkeypatch.setattr(sys, "path", path)
+    run_here([text, text], monkeypatch, alone)
+    assert sorted(uploaded) == sorted(needed)
 
 
 @pytest.mark.parametrize("name", NAMES)
