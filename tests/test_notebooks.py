@@ -84,18 +84,21 @@ def test_runs(tmp_path, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_form(name):
-    """At most 17 code cells, run in order, no magics, one thread, wide pictures, 200 KB. What to
-    know before and after, how to open it in Colab, two to four exercises without answers."""
+    """At most 17 code cells, run in order, no magics, one thread, no GPU, wide pictures, 200 KB;
+    what to know before and after, how to open it in Colab, a stop for questions, two to four
+    exercises without answers."""
     raw = (FOLDER / f"{name}.ipynb").read_text()
     book, cells, texts = load(name)
     assert [c["execution_count"] for c in cells] == [*range(1, len(cells) + 1)] and len(cells) <= 17
     assert not re.search("^[%!]|^.{101}", "\n".join(texts), re.M)
     assert "torch.set_num_threads(1)" in texts[0]
+    assert name[0] == "0" or 'os.environ["CUDA_VISIBLE_DEVICES"] = ""' in texts[0]
     assert len(raw) <= 200_000 and not re.search('"(error|stderr)"', raw)
     pngs = re.findall(r'"image/png": "([^"\\]+)', raw)
     assert pngs and all(int.from_bytes(base64.b64decode(p)[16:20], "big") >= 900 for p in pngs)
     for words in ("**Know before:**", "**Know after:**", "**Open in Colab:**"):
         assert words in "".join(book["cells"][0]["source"])
+    assert raw.count("**Stop for questions.**") == 1
     assert all((FOLDER / path).exists() for path in re.findall(r"!\[.*?\]\((\S+?)\)", raw))
     assert 2 <= raw.count("# Exercise ") == raw.count(": not yet\\n") <= 4
 
