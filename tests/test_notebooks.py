@@ -8,6 +8,7 @@ import importlib.util
 import io
 import json
 import re
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -45,10 +46,11 @@ def execute(file):
         if "image/png" in output.get("data", {}):
             raw = base64.b64decode(output.data["image/png"])
             pictures.append((output, Image.open(io.BytesIO(raw)).convert("RGB")))
+    method = Image.Quantize.MAXCOVERAGE                 # thin lines keep their colours
     for colours in (48, 24, 12):                        # until the notebook is small enough
         for output, picture in pictures:
             small = io.BytesIO()
-            picture.quantize(colours, dither=0).save(small, "png", optimize=True)
+            picture.quantize(colours, method, dither=0).save(small, "png", optimize=True)
             output.data["image/png"] = base64.b64encode(small.getvalue()).decode()
         if len(nbformat.writes(book)) < 195_000:
             break
@@ -82,34 +84,71 @@ def test_runs(tmp_path, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_form(name):
-    """At most 17 code cells, run in order, no magics, one thread, wide pictures, 200 KB. What to
-    know before and after, how to open it in Colab, two to four exercises without answers."""
+    """At most 17 code cells, run in order, no magics, one thread, no GPU, wide pictures, 200 KB;
+    what to know before and after, how to open it in Colab, a stop for questions, two to four
+    exercises without answers."""
     raw = (FOLDER / f"{name}.ipynb").read_text()
     book, cells, texts = load(name)
     assert [c["execution_count"] for c in cells] == [*range(1, len(cells) + 1)] and len(cells) <= 17
     assert not re.search("^[%!]|^.{101}", "\n".join(texts), re.M)
     assert "torch.set_num_threads(1)" in texts[0]
+    assert name[0] == "0" or 'os.environ["CUDA_VISIBLE_DEVICES"] = ""' in texts[0]
     assert len(raw) <= 200_000 and not re.search('"(error|stderr)"', raw)
     pngs = re.findall(r'"image/png": "([^"\\]+)', raw)
     assert pngs and all(int.from_bytes(base64.b64decode(p)[16:20], "big") >= 900 for p in pngs)
     for words in ("**Know before:**", "**Know after:**", "**Open in Colab:**"):
         assert words in "".join(book["cells"][0]["source"])
+    assert raw.count("**Stop for questions.**") == 1
     assert all((FOLDER / path).exists() for path in re.findall(r"!\[.*?\]\((\S+?)\)", raw))
     assert 2 <= raw.count("# Exercise ") == raw.count(": not yet\\n") <= 4
 
 
-def run_here(texts, monkeypatch):
-    """The names that some cells leave, run in this process, without Jupyter."""
+def run_here(texts, monkeypatch, folder=FOLDER):
+    """The names that some cells leave, run in this process and this folder, without Jupyter."""
     import matplotlib.pyplot as plt
     for name in ("IPython", "IPython.display"):
         monkeypatch.setitem(sys.modules, name, JUPYTER)
     monkeypatch.setattr("common.Run.show", None)        # the cells set it: so it is put back
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")      # likewise; PyTorch may have looked already
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr(sys, "path", sys.path[:])
-    monkeypatch.chdir(FOLDER)
+    monkeypatch.chdir(folder)
     names = {}
     with plt.rc_context():
         exec("\n".join(texts), names)
     return names
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_colab(name, monkeypatch, tmp_path, capsys):
+    """Alone in a folder, a notebook says which files it needs. In Colab it has these uploaded, by
+    the same lines in each notebook, and finds them when its first cell is run once more."""
+    text, *others = load(name)[2]
+    modules = [m for m in re.findall(r"^(?:import|from) (\w+)", text, re.M)
+               if (FOLDER.parent / f"{m}.py").exists()]
+    needed = sorted(f"{m}.py" for m in modules) + ["digits.pt"] * ("digits.pt" in "".join(others))
+    lines = re.search(r"^sys\.path.*?^if missing\(\):\n.*?\n", text, re.M | re.S)[0]
+    assert lines in load(NAMES[0])[2][0]
+    colab, uploaded, alone = mock.MagicMock(), [], tmp_path / "folder/in"
+    alone.mkdir(parents=True)
+
+    def upload():
+        for file in capsys.readouterr().out.split(": ")[1].split():
+            shutil.copy((FOLDER if file == "digits.pt" else FOLDER.parent) / file, file)
+            uploaded.append(file)
+
+    for module in modules:                              # from here on they are found by no path
+        importlib.import_module(module)
+    path = [place for place in sys.path if not Path(place, "common.py").exists()]
+    monkeypatch.setattr(sys, "path", path)
+    with pytest.raises(FileNotFoundError, match="put beside this notebook: common.py"):
+        run_here([text], monkeypatch, alone)
+    colab.files.upload = upload
+    monkeypatch.setitem(sys.modules, "google", mock.MagicMock())
+    monkeypatch.setitem(sys.modules, "google.colab", colab)
+    monkeypatch.setattr(sys, "path", path)
+    run_here([text, text], monkeypatch, alone)
+    assert sorted(uploaded) == sorted(needed)
 
 
 @pytest.mark.parametrize("name", NAMES)
