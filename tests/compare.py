@@ -94,8 +94,10 @@ def draw_frames(folder, panels, frames):
     """compare.gif, 1,000 pixels wide, 12 frames: data and teacher, each student as it learned."""
     pictures, count = [], min(12, max(map(len, frames.values())))
     for k in range(count):
-        now = {name: seen[k * len(seen) // count] for name, seen in frames.items()}
-        save_picture(f"{folder}/frame.png", panels | now)
+        now = panels | {name: seen[k * len(seen) // count] for name, seen in frames.items()}
+        if next(iter(panels.values())).ndim > 2:        # of images 16, evenly spread over classes
+            now = {name: x[::max(len(x) // 16, 1)][:16] for name, x in now.items()}
+        save_picture(f"{folder}/frame.png", now, columns=4)
         picture = Image.open(f"{folder}/frame.png").convert("RGB")
         picture = picture.resize((1000, 1000 * picture.height // picture.width))
         pictures.append(picture.quantize(16))
