@@ -55,7 +55,7 @@ def inputs(label_dim=10, side=32):
     (4, dict(adm=True, label_dim=0, blocks=3, attention=(32, 16, 8))),
     (4, dict(adm=False, label_dim=0, resolution=64, width=8, mult=(1, 2, 2, 2), blocks=4))])
 def test_a_file_of_edm(protocol, spec):
-    """Read, not run (the last is FFHQ's kind); equal to the facts' functions to 2e-5 of its size."""
+    """Read, not run (the last is FFHQ's kind); equal to the facts' functions to 2e-5 of it."""
     net = network(**spec)
     Path("edm.pkl").write_bytes(edm_bytes(net, protocol=protocol, sigma_data=0.4))
     d, at = load_edm("edm.pkl", CPU), inputs(net.label_dim, net.shape[1])

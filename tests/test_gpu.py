@@ -231,7 +231,7 @@ def test_bench_memory():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_group_norm_keeps_bf16():
-    """Autocast alone would work in float32, and keep a copy twice as large for the backward pass."""
+    """Autocast alone would work in float32, and keep a copy twice as large for backward."""
     x = torch.randn(2, 8, 4, 4, device="cuda", dtype=torch.bfloat16)
     with torch.autocast("cuda", torch.bfloat16):
         assert common.GroupNorm(8, adm=False).cuda()(x).dtype == torch.bfloat16

@@ -135,7 +135,7 @@ def test_a_flag_changes_the_student(script, flags):
     ("fdistill", {}), ("sim", {}), ("dmd", {}), ("rectflow", dict(stage="flow")),
     ("consistency", dict(loss="scd"))])
 def test_compile(script, flags):
-    """--compile gives the same student, but for rounding, from one to five graphs without breaks."""
+    """--compile gives the same student, but for rounding, from 1 to 5 graphs without breaks."""
     from torch._dynamo.utils import counters
     torch._dynamo.reset()
     counters.clear()
