@@ -91,8 +91,10 @@ def watch(frames):
 
 
 def draw_frames(folder, panels, frames):
-    """compare.gif, 1,000 pixels wide, 12 frames: data and teacher, each student as it learned."""
-    pictures, count = [], min(12, max(map(len, frames.values())))
+    """compare.gif, 1,000 pixels wide: data and teacher, each student as it learned. 12 frames, of
+    images 6: they are larger files."""
+    most = 12 if next(iter(panels.values())).ndim == 2 else 6
+    pictures, count = [], min(most, max(map(len, frames.values())))
     for k in range(count):
         now = panels | {name: seen[k * len(seen) // count] for name, seen in frames.items()}
         if next(iter(panels.values())).ndim > 2:        # of images 16, evenly spread over classes
