@@ -207,8 +207,8 @@ def main(argv=None):
     print(*lines, sep="\n")
     with open(f"{given.out}/log.txt", "a") as log:      # of the runs' own lines and bars
         with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-            cfg = settings("fdistill", given)[1]
-            data = common.load_data(cfg)
+            cfg = settings("fdistill", given, fid=given.fid, fid_ref="5000")[1]
+            data = common.load_data(cfg)                # refuses a --fid that cannot work
             found, x = run_teacher(given, data)
         panels = common.gallery(cfg, data)[0] | {"teacher, 35 calls": x}
         still = dict(panels)

@@ -105,6 +105,9 @@ def test_digits_are_measured(no_pictures, capsys, monkeypatch):
     rows = [line.split(" | ") for line in Path("runs/compare-mnist/compare.md").open()]
     assert rows[0][3:6] == compare.QUALITY and len(rows) == 4
     assert all(float(cell) >= 0 for row in rows[2:] for cell in row[3:6])
+    monkeypatch.setattr(compare, "run_teacher", lambda *_: pytest.fail("too late"))
+    with pytest.raises(common.UserError, match="cannot be used"):
+        compare.main(["sim", *flags.replace("FILE", "nowhere").split()])
 
 
 def test_numbers_of_lines():
