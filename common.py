@@ -1135,7 +1135,7 @@ def train_teacher(fit, data, exact):
             x, label = data.sample(run.part)
             sigma = lognormal_sigma(x)
             if fit.net not in ("ddpmpp", "adm"):        # few updates: the levels that decide most
-                sigma = lognormal_sigma(x, mean=-0.6)
+                sigma = lognormal_sigma(x, mean=0.0 if x.shape[1] == 1 else -0.6)   # grey; colour
             if len(data.shape) == 1:
                 sigma = karras(uniform(x), fit.sigma_min, fit.sigma_max)
             x_t = x + sigma * torch.randn_like(x)

@@ -68,7 +68,8 @@ def test_own_loop(capsys):
 def test_python_example(no_pictures):
     """The call from Python, with fewer updates."""
     names = {}
-    exec(code_of("fdistill.train(cfg)").replace("steps=500", "steps=3, teacher_steps=3"), names)
+    few = "steps=3, teacher_steps=3, samples=64"
+    exec(code_of("fdistill.train(cfg)").replace("steps=500", few), names)
     assert names["x"].shape == (1000, 2)
 
 
