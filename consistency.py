@@ -18,23 +18,23 @@ a path. Any denoiser has the right form (EDM's c_skip is 1 and c_out 0 at sigma 
 
 ctm, meanflow: Phi(x_t, t, s) = s/t x_t + (1 - s/t) G(x_t, t, label, second), second s/t or s/(1+s).
 
-    python consistency.py                           # cd, ring: under a minute, H about 0.0006
+    python consistency.py                           # cd, ring: under a minute, H about 0.0003
     python consistency.py --loss scd --nfe 2        # another loss, measured by two network calls
     python consistency.py --data cifar10 --loss ect --teacher edm-cifar10-32x32-uncond-vp.pkl
 
 Differences from papers and code: 1. The boundary is at sigma 0 (as in ECT); CM shifts it to
 sigma_min. The teacher's last step, to 0, is Euler's.  2. The lower point sees the student's own
 weights; CM has an EMA of them on ImageNet-64 (0.95), CTM too (0.999).  3. No LPIPS; cd and ctm take
-the squared error.  4. Adam with betas (0.9, 0.99), not RAdam; the rate falls to 0 over the last
-half; the EMA warms up, then is constant.  5. sCM: F is read off the denoiser, with EDM's c_noise
-ln(sigma) / 4 for t; no prior weight 1 / tan t; its weight is a table over 16 bins of levels.  6.
-Levels outside sigma_min .. sigma_max go to the ends.  7. ImageNet-64: no dropout (ECT, sCT: 0.4 and
-more at 16x16 and below); ect without 1/sigma^2 + 1/sigma_data^2, at rate 1e-4 (ECT: 1e-3,
-falling).  8. sprint: one feature of the teacher (Sana: four); sCM's law of levels; one update of
-the head per student update; no mismatched pairs.  9. ctm: one solver step, not several; the
-denoising loss has a fixed weight and the jump's levels; no GAN.  10. meanflow distils the teacher's
-velocity; --velocity data trains from scratch. r is uniform below t (paper: the lower of two draws);
-embedded is r, not t-r.  11. Images: one GPU, a day, only flips (papers: up to 800,000 updates).
+the squared error, cd by EDM's weight (CM: 1, twice the H).  4. Adam with betas (0.9, 0.99), not
+RAdam; the rate falls to 0 over the last half; the EMA warms up, then is constant.  5. sCM: F is
+read off the denoiser, with EDM's c_noise ln(sigma) / 4 for t; no prior weight 1 / tan t; its weight
+is a table over 16 bins of levels.  6. Levels outside sigma_min .. sigma_max go to the ends.  7.
+ImageNet-64: no dropout (ECT, sCT: 0.4 and more at 16x16 and below); ect without 1/sigma^2 +
+1/sigma_data^2, at rate 1e-4 (ECT: 1e-3, falling).  8. sprint: one feature of the teacher (Sana:
+four); sCM's law of levels; one update of the head per student update; no mismatched pairs.  9. ctm:
+one solver step, not several; the denoising loss has a fixed weight and the jump's levels; no GAN.
+10. meanflow distils the teacher's velocity; --velocity data trains from scratch. r is uniform below
+t (paper: the lower of two draws); embedded is r, not t-r.  11. Images: one GPU, a day, only flips.
 """
 import copy
 import inspect
@@ -187,8 +187,8 @@ def pair_loss(G, minus, teacher, b, cfg, progress):
         if cfg.loss == "cd":
             x_lower = solver_step(teacher, x_t, sigma, lower, b.label)
         target = minus(x_lower, lower, b.label)
-    loss = distance(G(x_t, sigma, b.label), target, cfg)
-    return loss if cfg.loss == "cd" else loss / (sigma - lower).flatten()
+    weight = 1 / sigma**2 + 1 / G.sigma_data**2 if cfg.loss == "cd" else 1 / (sigma - lower)
+    return weight.flatten() * distance(G(x_t, sigma, b.label), target, cfg)
 
 
 class TwoPasses(TorchFunctionMode):

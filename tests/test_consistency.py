@@ -1,6 +1,7 @@
 """consistency.py against closed forms (Gaussian flow maps, tangents, levels), and its loop."""
 import math
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -95,6 +96,15 @@ def test_distillation_is_zero_to_the_order_of_its_solver(loss):
     coarse, fine = float(value(loss, N=160)), float(value(loss, N=320))
     assert 0 < fine < 1e-10 and abs(math.log2(coarse / fine) - 6) < 0.5
     assert value(loss, N=320, scale=WRONG) > 1e-8
+
+
+def test_cds_weight():
+    """An error counts in cd as in denoising: 1 / sigma^2 + 1 / sigma_data^2 at the upper point."""
+    b, _ = pairs(3)
+    G = mock.Mock(side_effect=lambda x, *_: torch.ones_like(x), sigma_data=S)
+    loss = LOSSES["cd"](G, lambda x, *_: 0 * x, P, b, setting("cd", N=3, sigma_max=5.0), 0.0)
+    sigma = common.karras_sigmas(3, 0.02, 5.0).repeat_interleave(64).to(F64)[:192]
+    torch.testing.assert_close(loss, 1 / sigma**2 + 1 / S**2)
 
 
 @pytest.mark.parametrize("loss", ["scd", "meanflow"])
