@@ -429,7 +429,7 @@ def read_imagenet(cfg, where):
         return read_images(cfg, where, (3, 64, 64))
     names, place = where / "map_clsloc.txt", {k: k - 1 for k in range(1, 1001)}
     if names.exists():                                  # lines such as "n02119789 1 kit_fox"
-        lines = sorted(line.split() for line in names.read_text().splitlines() if line)
+        lines = sorted(line.split() for line in names.read_text().splitlines() if line.strip())
         place = {int(line[1]): i for i, line in enumerate(lines)}
     need(names.exists() or not cfg.cond or not cfg.teacher.endswith(".pkl"), "the official "
          "map_clsloc.txt is missing: without it, classes are not in the teacher's order")

@@ -154,7 +154,7 @@ def test_imagenet_batches_in_edms_order():
     lines = [f"{synset} {i + 1} kit_fox\n" for i, synset in enumerate(synsets)]
     images, labels = write_batches()
     refused("map_clsloc.txt", "imagenet64", cond=True, teacher="edm.pkl")
-    Path("map_clsloc.txt").write_text("".join(lines) + "\n")     # a blank line does no harm
+    Path("map_clsloc.txt").write_text("".join(lines) + " \n")    # a blank line does no harm
     data = load("imagenet64", cond=True, teacher="edm.pkl")
     assert np.array_equal(data.images, images) and data.label_dim == 1000
     assert data.labels.tolist() == [sorted(synsets).index(synsets[k - 1]) for k in labels]
