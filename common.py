@@ -815,10 +815,13 @@ def build(cfg, data):
     need(bool(sides) == (kind != "mlp"), f"--net {kind}: toys take mlp, images small, ddpmpp, adm")
     if kind == "mlp":
         net = MLP(first, label_dim, width or 128)
-    elif kind == "small":       # ADM's blocks on 2x2 patches: learned most in a CPU core's minutes
-        half = sides[0] // 2
-        mult = [2**i for i in range(3) if half % 2**i == 0]
-        net = UNet(2 * half, first, label_dim, width or 32, mult, 1, (half // 2,), 0, True, 2)
+    elif kind == "small":       # ADM's blocks on patches: learned most in a CPU core's minutes
+        patch = 2
+        while sides[0] // patch > 16 and sides[0] % (2 * patch) == 0:
+            patch *= 2
+        grid = sides[0] // patch
+        mult = [2**i for i in range(3) if grid % 2**i == 0]
+        net = UNet(sides[0], first, label_dim, width or 32, mult, 1, (grid // 2,), 0, True, patch)
     elif kind == "ddpmpp":
         net = UNet(sides[0], first, label_dim, width or 128, augment_dim=9)
     else:

@@ -116,6 +116,15 @@ def test_unet_at_start(adm):
     torch.testing.assert_close(got, 0.25 / (sigma**2 + 0.25) * x, rtol=0, atol=2e-3)
 
 
+@pytest.mark.parametrize("side, places", [(8, 4), (28, 14), (36, 9), (64, 16), (100, 25)])
+def test_small_network_of_large_images(side, places):
+    """--net small works at no more than 16x16 places, where the side can be halved so often."""
+    data = SimpleNamespace(shape=(1, side, side), label_dim=0, sigma_data=0.5)
+    D, x = common.build(quick(net="small", width=8), data), torch.randn(2, 1, side, side)
+    assert next(iter(D.net.enc)) == f"{places}x{places}_conv"
+    assert D(x, level(x, 0.7)).shape == x.shape
+
+
 @pytest.mark.parametrize("net", [MLP(2, 3, 16, second=True),
                                  UNet(8, 1, 3, 8, (1, 2), 1, (), second=True)])
 def test_denoiser(net):

@@ -81,25 +81,22 @@ def test_own_images_on_a_gpu():
 
 
 def test_digits_are_measured(no_pictures, capsys, monkeypatch):
-    """bench_digits gives a row for test images, for the teacher and for each finished run."""
+    """bench_digits gives a row for held-out images, for the teacher and for each finished run."""
     import bench_digits
     import compare
     build_world(Path())
-    for name, old in [("images-idx3", 784), ("labels-idx1", 1)]:
-        raw = Path(f"data/mnist/train-{name}-ubyte").read_bytes()
-        Path(f"data/mnist/t10k-{name}-ubyte").write_bytes(raw + raw[-20 * old:])
     flags = "--data mnist --width 8 --out runs/one".split()
     assert main_in_process(importlib.import_module("sim"), *SMALL.split(), *flags)[0] == 0
-    monkeypatch.setattr(bench_digits, "EACH", 2)
 
     def reads_zeros(x):
         return torch.eye(10)[[0] * len(x)]
 
-    monkeypatch.setattr(bench_digits, "fit_judge", lambda *_: (reads_zeros, 0.1))
+    monkeypatch.setattr(bench_digits, "fit_judge", lambda train: reads_zeros)
     bench_digits.main(["--data_dir", "data/mnist", "--teacher", "runs/one", "runs/one"])
-    shares = re.findall(r"^\| (.+) \| 10\.0% \|", capsys.readouterr().out, re.M)
-    assert shares == ["2,000 other test images", "teacher, 35 calls", "runs/one"]
-    assert Path("runs/digits.png").exists()
+    shares = re.findall(r"^\| (.+?) \| (\d+\.0)% \|", capsys.readouterr().out, re.M)
+    assert shares == [("other held-out images", "0.0"),         # of 4 and 2; samples of 0 and 8
+                      ("teacher, 35 calls", "50.0"), ("runs/one", "50.0")]
+    assert Path("runs/mnist.png").exists()
     # compare trains from the same teacher, and adds FID, precision and recall of few samples
     flags = "--data mnist --data_dir data/mnist --teacher runs/one --fid FILE --samples 20"
     compare.main(["sim:width=8,steps=2,minutes=0,batch=8", *flags.split(), "--seeds", "1"])
@@ -109,6 +106,18 @@ def test_digits_are_measured(no_pictures, capsys, monkeypatch):
     monkeypatch.setattr(compare, "run_teacher", lambda *_: pytest.fail("too late"))
     with pytest.raises(common.UserError, match="cannot be used"):
         compare.main(["sim", *flags.replace("FILE", "nowhere").split()])
+
+
+def test_small_networks_are_searched(capsys, monkeypatch):
+    """bench_search gives a row a setting, with losses of images that were held out."""
+    import bench_search
+    build_world(Path())
+    monkeypatch.setattr(bench_search, "HELD", 2)
+    flags = "--data images --data_dir FOLDER --cond --minutes 0.001".split()
+    bench_search.main([*flags, "batch=2,width=8,mult=(1, 2)", "cond=False,width=8,mult=(1, 2)"])
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
+    assert len(rows) == 4 and rows[3][0] == "| cond=False,width=8,mult=(1, 2)"
+    assert all(0 < float(loss.strip("| ")) < 9 for row in rows[2:] for loss in row[3:])
 
 
 def test_numbers_of_lines():
