@@ -1099,7 +1099,7 @@ def initial_student(cfg, data, teacher=None, student=None):
 
 def fit_teacher(cfg, data, exact=None):
     """A Denoiser fitted to the data, or to the answers of `exact`, a denoiser. It is kept in a
-    folder named by settings, samples and answers: a later call loads it, or goes on."""
+    folder named by settings, samples, answers and code: a later call loads it, or goes on."""
     toy, large = len(data.shape) == 1, cfg.net in ("ddpmpp", "adm")
     lr = 2e-3 if toy else 4e-3
     same = dict(data=cfg.data, net=cfg.net, width=cfg.width, cond=cfg.cond, dtype=cfg.dtype,
@@ -1113,7 +1113,9 @@ def fit_teacher(cfg, data, exact=None):
         x, label = data.sample(256)
         sigma = karras(uniform(x), cfg.sigma_min, cfg.sigma_max)
         answers = None if exact is None else exact(x + sigma, sigma, label)
-        folder = runs_folder(cfg) / f"teacher-{cfg.data}-{checksum(same, x, label, answers)}"
+        code = [inspect.getsource(part) for part in (build, train_teacher)]
+        key = checksum([same, code], x, label, answers)
+        folder = runs_folder(cfg) / f"teacher-{cfg.data}-{key}"
         folder = Path(getattr(cfg, "fitted", None) or folder)
         fit = Shared(**same, out=str(folder), resume=True, device=cfg.device, compile=cfg.compile,
                      recompute=cfg.recompute)

@@ -400,6 +400,17 @@ def test_a_teachers_parts_are_no_larger_than_the_students(monkeypatch):
     assert parts == [64, 512]
 
 
+def test_a_teacher_by_other_code_is_fitted_anew(no_pictures, monkeypatch):
+    """Who changes its law of noise levels is not given the teacher of before."""
+    train, fits = common.train_teacher, []
+    for k in range(3):
+        if k == 2:
+            monkeypatch.setattr(common, "train_teacher", lambda *flags: train(*flags))
+        common.fit_teacher(quick(), TOYS["ring"])
+        fits.append(len(list(Path("runs").glob("teacher-*"))))
+    assert fits == [1, 1, 2]
+
+
 @pytest.mark.parametrize("line", [
     "--divergance js: did you mean --divergence", "--divergence kl: rkl", "--data mnits: mnist",
     "--steps 0: --steps", "--steps many: steps", "--steps: argument", "--accumulate 100: divide",
