@@ -76,7 +76,7 @@ class Shared:
     compile: bool = False       # networks through torch.compile; copies (for a JVP) stay eager
     recompute: bool = False     # image networks: a third more time, much less memory
     every: int = 500            # steps between checkpoints
-    samples: int = 20000        # samples to measure with, or to draw with --sample
+    samples: int = 20000        # to measure with (H of images: at most 2,000), or to draw
     fid: str = ""               # Inception network (inception-2015-12-05.pt): measure FID
     fid_ref: str = ""           # its reference: EDM's .npz, or a number of training images
     resume: bool = False        # go on with the run in the folder
@@ -1239,7 +1239,7 @@ def energy_coefficient(x, y):
 
 @torch.no_grad()
 def toy_metrics(x, data):
-    """How close samples x (n, D) are to the data: H against n fresh samples; for a GaussianMixture
+    """How close samples x (n, ...) are to the data: H against n fresh ones; for a GaussianMixture
     also the share within 3 std of a mode, beside the data's, and the smallest and largest mode
     weight relative to the true one, each sample counted at its nearest mode."""
     y = data.sample(len(x))[0]
@@ -1711,12 +1711,11 @@ class Run:
         them, and where the picture is."""
         if rank():
             return
-        n = self.cfg.samples
+        n = self.cfg.samples if len(data.shape) == 1 else min(self.cfg.samples, 2000)
         with fork_rng(self.device):
             torch.manual_seed(self.cfg.seed + 10**6)    # other numbers than the training's first
-            if len(data.shape) == 1:
-                metrics |= toy_metrics(draw(n, draw_label(n, data, self.device)), data)
-            elif self.cfg.fid:
+            metrics |= toy_metrics(draw(n, draw_label(n, data, self.device)), data)
+            if self.cfg.fid:
                 metrics |= fid(self.cfg, data, draw)
         self.finish(metrics)
         for name, value in metrics.items():

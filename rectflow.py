@@ -73,14 +73,14 @@ SMALL = dict(net="small", teacher_steps=2000, steps=1000, batch=32, accumulate=1
 LARGE = dict(flip=True, sigma_min=0.002, sigma_max=80.0, sigma_init=80.0, ema=0.9999, every=5000,
              samples=50_000)
 PRESETS = {
-    "images": SMALL, "mnist": dict(SMALL, cond=True, stage="distill"),     # a chain: more minutes
+    "images": dict(SMALL, stage="distill"), "mnist": dict(SMALL, cond=True, stage="distill"),
     # RF's batch, rate and steps of a reflow: 2 hours a stage. Pairs take 2.5 GB of memory
     "cifar10": dict(LARGE, net="ddpmpp", teacher_steps=100_000, steps=300_000, batch=128, lr=2e-4,
                     pairs=100_000),
     # RF++'s rate, law and distance: 3 hours a stage (RF++: 700,000 steps of 2048). Pairs take 5 GB
     "imagenet64": dict(LARGE, net="adm", cond=True, steps=50_000, batch=256, accumulate=8, lr=1e-4,
                        t_law="ushape", distance="huber"),
-    "cifar10 small": dict(SMALL, cond=True, stage="distill"),   # for a CPU, with --minutes
+    "cifar10 small": dict(SMALL, cond=True, stage="distill"),   # for a CPU: a chain takes longer
 }
 FINE = 100                      # Euler steps of a fine solution
 ONE_STEP = ("distill", "guided")    # stages that train where the student is called, not anywhere
@@ -205,7 +205,7 @@ def train_stage(cfg, data, teacher, student, on_log):
     pairs = None if cfg.stage == "flow" else teacher_pairs(cfg, data, teacher, cfg.pairs)
     run = Run(cfg, "rectflow", on_log, G=G, ema=ema, opt=opt)
     panels, z_show, label_show = gallery(cfg, data, teacher)
-    calls = min(len(G.levels), 20)                      # pictures by 100 cost more than training
+    calls = min(len(G.levels), 20)                      # samples by 100 cost more than training
     kind = "l2" if pairs is None else cfg.distance
 
     for step in run.steps():
@@ -230,7 +230,7 @@ def train_stage(cfg, data, teacher, student, on_log):
             shown = sample(ema, len(z_show), label_show, z_show, calls)
             run.show({**panels, f"{cfg.stage}, network calls: {calls}": shown}, label_show, z_show)
     figures = {} if cfg.stage in ONE_STEP else compare(run, data, teacher, ema, z_show, label_show)
-    run.report(data, lambda n, label: sample(ema, n, label), **figures)
+    run.report(data, lambda n, label: sample(ema, n, label, None, calls), **figures)
     return ema, run
 
 

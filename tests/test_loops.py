@@ -78,7 +78,8 @@ def test_parts_of_a_batch_are_averaged(script, flags, monkeypatch):
 
 @pytest.mark.parametrize("script, flags", IMAGES)
 def test_images(script, flags):
-    """A few steps on grey images with labels: the student gives images; so does the saved one."""
+    """A few steps on grey images with labels: the student, and the saved one, give images, whose
+    H over pixels is measured."""
     module, k = importlib.import_module(script), torch.arange(40) % 3
     images = common.Images(torch.randint(256, (40, 1, 12, 12), dtype=torch.uint8), k, 3)
     small = dict(data="mnist", width=8, steps=2, batch=8, teacher_steps=2, accumulate=2, cond=True)
@@ -86,6 +87,7 @@ def test_images(script, flags):
     for network in (student, common.load_denoiser(run.dir, run.cfg)):
         x = module.sample(network, 3)
         assert x.shape == (3, 1, 12, 12) and x.isfinite().all() and not network.training
+    assert 0 < common.read_json(run.dir / "metrics.json")["H"] < 1
     assert script != "rectflow" or list(run.dir.parent.glob("*/trajectories.png"))
 
 
