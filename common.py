@@ -696,16 +696,18 @@ class Block(nn.Module):
 
 class UNet(nn.Module):
     """EDM's two image networks with its parameter names, DDPM++ and ADM (adm=True): width channels
-    times mult[i] at resolution / 2^i. patch=2 takes 2x2 pixels as channels, for a CPU."""
+    times mult[i] at resolution / 2^i. patch=2 takes 2x2 pixels as channels, for a CPU. direct adds
+    a linear path past all blocks: low levels, whose answer is nearly linear, are soon learnt."""
 
     def __init__(self, resolution=32, channels=3, label_dim=0, width=128, mult=(2, 2, 2), blocks=4,
-                 attention=(16,), augment_dim=0, adm=False, patch=1, second=False):
+                 attention=(16,), augment_dim=0, adm=False, patch=1, direct=False, second=False):
         super().__init__()
         need(resolution % (patch * 2 ** (len(mult) - 1)) == 0,
              f"{resolution}x{resolution} images cannot be halved {len(mult) - 1} times")
         self.spec = dict(resolution=resolution, channels=channels, label_dim=label_dim, width=width,
                          mult=tuple(mult), blocks=blocks, attention=tuple(attention),
-                         augment_dim=augment_dim, adm=adm, patch=patch, second=second)
+                         augment_dim=augment_dim, adm=adm, patch=patch, direct=direct,
+                         second=second)
         self.shape, self.label_dim = (channels, resolution, resolution), label_dim
         self.width, self.adm, self.patch, self.recompute = width, adm, patch, False
         c_emb = 4 * width
@@ -714,8 +716,9 @@ class UNet(nn.Module):
             self.map_label = nn.Linear(label_dim, c_emb if adm else width, bias=not adm)
         if augment_dim:         # EDM's augmentation labels; zero here, so it is only carried along
             self.map_augment = nn.Linear(augment_dim, width, bias=False)
-        first = nn.Conv2d(channels * patch**2, width, 3, padding=1)
-        last = nn.Conv2d(width * mult[0], channels * patch**2, 3, padding=1)
+        c_patch = channels * patch**2
+        first = nn.Conv2d(c_patch, width, 3, padding=1)
+        last = nn.Conv2d(width * mult[0], c_patch, 3, padding=1)
         sides = [resolution // patch >> i for i in range(len(mult))]
         self.enc, skips = nn.ModuleDict({f"{sides[0]}x{sides[0]}_conv": first}), [width]
         for i, side in enumerate(sides):
@@ -734,6 +737,10 @@ class UNet(nn.Module):
             self.dec[f"{sides[0]}x{sides[0]}_aux_norm"] = GroupNorm(width * mult[0], adm)
             self.dec[f"{sides[0]}x{sides[0]}_aux_conv"] = last
         self.initialise(last)
+        self.direct = None
+        if direct:
+            self.direct = nn.Conv2d(c_patch, c_patch, 3, padding=1)
+            self.gain = xavier(nn.Linear(c_emb, c_patch), 0)            # mute at first
         if second:
             self.map_second = xavier(nn.Linear(16, c_emb), 0)
 
@@ -784,8 +791,8 @@ class UNet(nn.Module):
         return F.silu(emb if second is None else emb + self.map_second(waves(second)))
 
     def encode(self, x, c_noise, label, second):
-        emb, features = self.embed(c_noise, label, second), []
-        x = F.pixel_unshuffle(x, self.patch)
+        emb, x = self.embed(c_noise, label, second), F.pixel_unshuffle(x, self.patch)
+        features = [x]
         for module in self.enc.values():
             x = self.run(module, x, emb) if isinstance(module, Block) else module(x)
             features.append(x)
@@ -799,7 +806,10 @@ class UNet(nn.Module):
             if isinstance(module, Block):
                 x = self.run(module, x, emb)
         norm, conv = (self.out_norm, self.out_conv) if self.adm else list(self.dec.values())[-2:]
-        return F.pixel_shuffle(conv(F.silu(norm(x))), self.patch)
+        x = conv(F.silu(norm(x)))
+        if self.direct is not None:
+            x = x + self.gain(emb)[:, :, None, None] * self.direct(features[0])
+        return F.pixel_shuffle(x, self.patch)
 
     def run(self, block, x, emb):
         if self.recompute and torch.is_grad_enabled():
@@ -815,18 +825,25 @@ def build(cfg, data):
     need(bool(sides) == (kind != "mlp"), f"--net {kind}: toys take mlp, images small, ddpmpp, adm")
     if kind == "mlp":
         net = MLP(first, label_dim, width or 128)
-    elif kind == "small":       # ADM's blocks on patches: learned most in a CPU core's minutes
-        patch = 2
-        while sides[0] // patch > 16 and sides[0] % (2 * patch) == 0:
-            patch *= 2
-        grid = sides[0] // patch
-        mult = [2**i for i in range(3) if grid % 2**i == 0]
-        net = UNet(sides[0], first, label_dim, width or 32, mult, 1, (grid // 2,), 0, True, patch)
+    elif kind == "small":
+        net = small_unet(first, sides[0], label_dim, width or 32)
     elif kind == "ddpmpp":
         net = UNet(sides[0], first, label_dim, width or 128, augment_dim=9)
     else:
         net = UNet(sides[0], first, label_dim, width or 192, (1, 2, 3, 4), 3, (32, 16, 8), adm=True)
     return place(Denoiser(net, data.sigma_data, cfg.dtype), cfg)
+
+
+def small_unet(channels, side, label_dim, width):
+    """ADM's blocks on patches that leave 16x16 places or fewer, where the side can be halved so
+    often: learned most in a CPU core's minutes."""
+    patch = 2
+    while side // patch > 16 and side % (2 * patch) == 0:
+        patch *= 2
+    grid = side // patch
+    mult = [2**i for i in range(3) if grid % 2**i == 0]
+    # large patches hold more numbers than the network has channels: they want the direct path
+    return UNet(side, channels, label_dim, width, mult, 1, (grid // 2,), 0, True, patch, patch > 2)
 
 
 def place(network, cfg):
@@ -1113,9 +1130,8 @@ def fit_teacher(cfg, data, exact=None):
         x, label = data.sample(256)
         sigma = karras(uniform(x), cfg.sigma_min, cfg.sigma_max)
         answers = None if exact is None else exact(x + sigma, sigma, label)
-        code = [inspect.getsource(part) for part in (build, train_teacher)]
-        key = checksum([same, code], x, label, answers)
-        folder = runs_folder(cfg) / f"teacher-{cfg.data}-{key}"
+        facts = [same, *map(inspect.getsource, (build, small_unet, train_teacher))]
+        folder = runs_folder(cfg) / f"teacher-{cfg.data}-{checksum(facts, x, label, answers)}"
         folder = Path(getattr(cfg, "fitted", None) or folder)
         fit = Shared(**same, out=str(folder), resume=True, device=cfg.device, compile=cfg.compile,
                      recompute=cfg.recompute)

@@ -23,12 +23,12 @@ from common import (Denoiser, Images, UNet, denoising_loss, in_parts, load_data,
 
 HELD = 1000
 # What is taken; the attention is at half the side of the patches' grid.
-TAKEN = dict(width=32, mult=(1, 2, 4), blocks=1, attention=True, adm=True, patch=2, dtype="bf16",
-             cond=True, flip=True, batch=32, lr=4e-3, mean=-0.6, ema=0.999, seed=0)
-VARIANTS = ("taken", "seed=1", "dtype='fp32'", "patch=1,width=16,mult=(1, 2, 4, 8)", "patch=4",
-            "width=24", "width=48", "blocks=2", "attention=False", "adm=False", "batch=16",
-            "batch=64", "lr=2e-3", "lr=8e-3", "mean=-1.2", "mean=0.0", "ema=0.99", "ema=0.9995",
-            "cond=False", "flip=False")
+TAKEN = dict(width=32, mult=(1, 2, 4), blocks=1, attention=True, adm=True, patch=2, direct=False,
+             dtype="bf16", cond=True, flip=True, batch=32, lr=4e-3, mean=-0.6, ema=0.999, seed=0)
+VARIANTS = ("taken", "seed=1", "direct=True", "dtype='fp32'", "patch=1,width=16,mult=(1, 2, 4, 8)",
+            "patch=4", "patch=4,direct=True", "width=24", "width=48", "blocks=2", "attention=False",
+            "adm=False", "batch=16", "batch=64", "lr=2e-3", "lr=8e-3", "mean=-1.2", "mean=0.0",
+            "ema=0.99", "ema=0.9995", "cond=False", "flip=False")
 
 
 def fit(how, cfg, train):
@@ -37,7 +37,7 @@ def fit(how, cfg, train):
     channels, side, _ = train.shape
     attention = (side // how["patch"] // 2,) if how["attention"] else ()
     net = UNet(side, channels, train.label_dim, how["width"], how["mult"], how["blocks"], attention,
-               0, how["adm"], how["patch"])
+               0, how["adm"], how["patch"], how["direct"])
     D = place(Denoiser(net, train.sigma_data, how["dtype"]), cfg)
     ema = copy.deepcopy(D).eval().requires_grad_(False)
     opt = torch.optim.Adam(D.parameters(), betas=(0.9, 0.99), fused=True)
