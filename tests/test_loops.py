@@ -78,15 +78,15 @@ def test_parts_of_a_batch_are_averaged(script, flags, monkeypatch):
 
 @pytest.mark.parametrize("script, flags", IMAGES)
 def test_images(script, flags):
-    """A few steps on grey images with labels: the student, and the saved one, give images, whose
-    H over pixels is measured."""
+    """A few steps on grey images with labels, by 4x4 patches: the student, and the saved one, give
+    images, whose H over pixels is measured."""
     module, k = importlib.import_module(script), torch.arange(40) % 3
-    images = common.Images(torch.randint(256, (40, 1, 12, 12), dtype=torch.uint8), k, 3)
+    images = common.Images(torch.randint(256, (40, 1, 36, 36), dtype=torch.uint8), k, 3)
     small = dict(data="mnist", width=8, steps=2, batch=8, teacher_steps=2, accumulate=2, cond=True)
     student, run = module.train(module.Config(**(TINY | small | flags)), images)
     for network in (student, common.load_denoiser(run.dir, run.cfg)):
         x = module.sample(network, 3)
-        assert x.shape == (3, 1, 12, 12) and x.isfinite().all() and not network.training
+        assert x.shape == (3, 1, 36, 36) and x.isfinite().all() and not network.training
     assert 0 < common.read_json(run.dir / "metrics.json")["H"] < 1
     assert script != "rectflow" or list(run.dir.parent.glob("*/trajectories.png"))
 
