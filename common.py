@@ -792,7 +792,7 @@ class UNet(nn.Module):
 
     def encode(self, x, c_noise, label, second):
         emb, x = self.embed(c_noise, label, second), F.pixel_unshuffle(x, self.patch)
-        features = [x]
+        features = [] if self.direct is None else [x]
         for module in self.enc.values():
             x = self.run(module, x, emb) if isinstance(module, Block) else module(x)
             features.append(x)
