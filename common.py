@@ -842,7 +842,7 @@ def small_unet(channels, side, label_dim, width):
         patch *= 2
     grid = side // patch
     mult = [2**i for i in range(3) if grid % 2**i == 0]
-    # large patches hold more numbers than the network has channels: they want the direct path
+    # a patch of 4x4 colours has 48 numbers, the network 32 channels: it wants the direct path
     return UNet(side, channels, label_dim, width, mult, 1, (grid // 2,), 0, True, patch, patch > 2)
 
 

@@ -6,8 +6,8 @@ Small teachers, each fitted for as long, judged by held-out loss: how --net smal
 
 Settings that are named are tried instead of VARIANTS, "batch=64,lr=2e-3" for two at once. HELD
 images are held out. The columns are EDM's denoising loss of them at levels whose ln sigma has the
-mean -1.2, -0.6 and 0: comparable within a column. Minutes are of CPU time, so that another job on
-the machine changes nothing but the wait.
+mean -1.2, -0.6 and 0: comparable within a column. Minutes are of CPU time; on a busy machine
+they hold fewer updates, so look at their number too. The dtype is a setting; --dtype does nothing.
 """
 import copy
 import sys
