@@ -853,8 +853,6 @@ def place(network, cfg):
         network.net.recompute = cfg.recompute
         for block in network.net.modules():
             block.dropout = getattr(cfg, "dropout", 0.0)
-        if pick_device(cfg).type == "cuda":
-            network.to(memory_format=torch.channels_last)
     if cfg.compile:
         network.compile()
     return network

@@ -78,9 +78,11 @@ def fresh(monkeypatch, tmp_path):
 @pytest.fixture
 def no_pictures(monkeypatch):
     """Runs draw nothing and solve no ODE for a picture: most of a short run's time."""
+    import common
+
     def gallery(cfg, data, teacher=None):
         with torch.random.fork_rng([]):
-            return {}, torch.randn(2, *data.shape), None
+            return {}, torch.randn(2, *data.shape).to(common.pick_device(cfg)), None
 
     monkeypatch.setattr("fdistill.gallery", gallery)
     monkeypatch.setattr("sim.gallery", gallery)

@@ -82,6 +82,7 @@ def test_a_compiler_that_fails(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert common.load_kernel() is None
+    common.load_kernel.cache_clear()
 
 
 # ---- the kernel's text on the CPU: 256 threads of one block that meet at __syncthreads ----
