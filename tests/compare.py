@@ -34,7 +34,7 @@ def settings(entry, given, **more):
     common.need(name in SCRIPTS, f"{name!r} is none of {', '.join(SCRIPTS)}")
     flags = dict(flag.split("=", 1) for flag in flags.split(",") if flag)
     module = importlib.import_module(name)
-    same = {name: getattr(given, name) for name in ("data", "data_dir", "net", "dtype")}
+    same = {name: getattr(given, name) for name in ("data", "data_dir", "net", "dtype", "device")}
     return module, module.Config(**(same | more | flags))
 
 
@@ -47,7 +47,7 @@ def measure(draw, data, given):
     toy = len(data.shape) == 1
     n = given.samples or (20000 if toy else 2000)
     torch.manual_seed(10**6)
-    label = common.draw_label(n, data)
+    label = common.draw_label(n, data, common.pick_device(given))
     x = draw(n, label)
     if toy:
         found = toy_metrics(x, data)
@@ -72,7 +72,7 @@ def run_teacher(given, data):
     common.save_denoiser(f"{given.out}/teacher.pt", teacher, cfg)
 
     def solve(n, label):
-        z = torch.randn(n, *data.shape)
+        z = torch.randn(n, *data.shape, device=common.pick_device(given))
         return common.teacher_samples(cfg, teacher, z, label, cfg.sigma_max)
 
     found, x = measure(solve, data, given)
@@ -126,7 +126,8 @@ def run_peer(peer, given, data, seed):
     """The same for a flow of torchcfm (minibatch optimal transport) or flow_matching (straight
     paths), trained by their code with our MLP: by one call, as they offer no distillation."""
     torch.manual_seed(seed)
-    net, start = common.Denoiser(MLP(data.shape[0])), time.time()
+    device = common.pick_device(given)
+    net, start = common.Denoiser(MLP(data.shape[0])).to(device), time.time()
     opt = torch.optim.Adam(net.parameters(), lr=2e-3)
 
     def velocity(t, x):
@@ -146,7 +147,7 @@ def run_peer(peer, given, data, seed):
         if peer == "torchcfm":
             t, x_t, slope = matcher.sample_location_and_conditional_flow(z, x)
         else:
-            point = matcher.sample(x_0=z, x_1=x, t=torch.rand(len(x)))
+            point = matcher.sample(x_0=z, x_1=x, t=torch.rand(len(x), device=device))
             t, x_t, slope = point.t, point.x_t, point.dx_t
         (velocity(t, x_t) - slope).square().mean().backward()
         opt.step()
@@ -154,11 +155,13 @@ def run_peer(peer, given, data, seed):
 
     @torch.no_grad()
     def euler(z, label):
-        return z + velocity(torch.zeros(len(z)), z)
+        return z + velocity(torch.zeros(len(z), device=device), z)
+
+    def draw(n, label):
+        return in_parts(euler, torch.randn(n, *data.shape, device=device), None)
 
     seconds = time.time() - start
-    found, x = measure(lambda n, label: in_parts(euler, torch.randn(n, *data.shape), None), data,
-                       given)
+    found, x = measure(draw, data, given)
     return found | dict(seconds=seconds, parameters=count(net), calls=1), x
 
 
@@ -184,6 +187,7 @@ def read_flags(argv):
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--net", default="auto")
     parser.add_argument("--dtype", default="fp32", help="bf16: faster on CPUs that know it")
+    parser.add_argument("--device", default="auto", help="auto is the GPU where there is one")
     parser.add_argument("--teacher", default="", help="as of the scripts; else one is fitted")
     parser.add_argument("--fid", default="", help="Inception network: FID against 5,000 images")
     parser.add_argument("--samples", type=int, help="by default 20,000 of toys, 2,000 images")

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import common
+import fdistill
 import rectflow
 from conftest import ROOT
 
@@ -189,6 +190,14 @@ def test_rehearsal(script, flags, gpu, monkeypatch):
     monkeypatch.setattr(common.Run, "due", lambda _: False)
     module.train(cfg, data, teacher)
     assert not seen[1] | seen[2]
+
+
+def test_compare_rehearsed(gpu, monkeypatch):
+    """tests/compare.py draws labels and noise where the scripts have theirs."""
+    import compare
+    monkeypatch.setattr(fdistill, "PRESETS", dict(unequal=dict(teacher_steps=2)))
+    monkeypatch.setattr(compare, "draw_frames", lambda *_: None)
+    compare.main("fdistill:steps=2,minutes=0 --data unequal --samples 64 --seeds 1".split())
 
 
 def test_errors_on_purpose(gpu):

@@ -244,7 +244,8 @@ def test_on_log_and_pictures(monkeypatch):
     shown, logged = [], []
     monkeypatch.setattr(common.Run, "show", lambda run, *_: shown.append((run.script, run.step)))
     monkeypatch.setattr(fdistill, "gallery", lambda *_: ({}, torch.randn(2, 2), None))
-    cfg = fdistill.Config(steps=100, batch=16, teacher_steps=2, samples=64, out="run")
+    cfg = fdistill.Config(steps=100, batch=16, teacher_steps=2, samples=64, out="run",
+                          device="cpu")
     fdistill.train(cfg, on_log=logged.append)
     assert [row["step"] for row in logged] == [50, 100]
     for row, line in zip(logged, log_rows(Path("run"))):
