@@ -210,9 +210,8 @@ class TwoPasses(TorchFunctionMode):
 
 
 def jvp(function, inputs, tangents):
-    """(value, derivative along the tangents) of function(*inputs); convolutions without TF32."""
-    precise = torch.backends.cudnn.flags(True, allow_tf32=False)
-    with warnings.catch_warnings(), forward_ad.dual_level(), TwoPasses(), precise:
+    """(value, derivative along the tangents) of function(*inputs)."""
+    with warnings.catch_warnings(), forward_ad.dual_level(), TwoPasses():
         warnings.simplefilter("ignore")                 # PyTorch's own rules are TorchScript
         dual = [forward_ad.make_dual(x, dx) for x, dx in zip(inputs, tangents)]
         return forward_ad.unpack_dual(function(*dual))

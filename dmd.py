@@ -85,7 +85,7 @@ PRESETS = {
     # One GPU, hours. DMD2 has no CIFAR-10 settings; f-distill's Table 5 and FastGen: batch 2048,
     # rates 1e-4, 20K student updates with 4 of the critic; DMD: 100,000 pairs
     "cifar10": dict(LARGE, net="ddpmpp", teacher_steps=100_000, steps=40_000, batch=256,
-                    accumulate=4, lr=5e-5, lr_fake=5e-5, gan_weight=1e-3, pairs=100_000),
+                    accumulate=2, lr=5e-5, lr_fake=5e-5, gan_weight=1e-3, pairs=100_000),
     # One GPU, a day; DMD2: 194K steps, every fifth the student's; DMD: 25,000 pairs
     "imagenet64": dict(LARGE, net="adm", steps=15_000, batch=280, accumulate=10, lr=2e-6,
                        lr_fake=2e-6, gan_weight=3e-3, pairs=25_000),

@@ -70,9 +70,9 @@ LARGE = dict(cond=True, flip=True, ema=0.9995, disc_weight=1e-2, sigma_min=0.002
 PRESETS = {
     "mnist": dict(SMALL, cond=True), "images": SMALL,
     "cifar10": dict(LARGE, net="ddpmpp", teacher_steps=100_000, divergence="fkl", gan_weight=1e-3,
-                    steps=40_000, batch=256, accumulate=4, lr=5e-5, lr_fake=5e-5),
+                    steps=40_000, batch=256, accumulate=2, lr=5e-5, lr_fake=5e-5),
     "imagenet64": dict(LARGE, net="adm", ratio_ema=0.5, gan_weight=3e-3, steps=30_000, batch=128,
-                       accumulate=8, lr=2e-6, lr_fake=2e-6),
+                       accumulate=4, lr=2e-6, lr_fake=2e-6),
     "cifar10 small": SMALL,         # for a CPU, with --minutes
 }
 
