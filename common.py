@@ -1178,19 +1178,19 @@ def train_teacher(fit, data, exact):
 WEIGHTING_CUDA = r"""
 extern "C" __global__ void weighted_score_gradient(const float* x, const float* d_real,
         const float* d_fake, const float* h, float* g, int size) {
-    __shared__ float sums[256];
+    __shared__ float sums[1024];
     const long long start = (long long)blockIdx.x * size;
     float sum = 0;
-    for (int i = threadIdx.x; i < size; i += 256)
+    for (int i = threadIdx.x; i < size; i += 1024)
         sum += fabsf(x[start + i] - d_real[start + i]);
     sums[threadIdx.x] = sum;
-    for (int half = 128; half > 0; half /= 2) {         // a tree: the total ends up in sums[0]
+    for (int half = 512; half > 0; half /= 2) {         // a tree: the total ends up in sums[0]
         __syncthreads();
         if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
     }
     __syncthreads();
     const float weight = h[blockIdx.x] / (sums[0] / size);
-    for (int i = threadIdx.x; i < size; i += 256) {
+    for (int i = threadIdx.x; i < size; i += 1024) {
         const float v = weight * (d_fake[start + i] - d_real[start + i]);
         g[start + i] = isfinite(v) ? v : 0.f;
     }
@@ -1212,7 +1212,7 @@ def weighted_score_gradient(x, d_real, d_fake, h):
     if kernel:
         x, d_real, d_fake, h = [t.float().contiguous() for t in (x, d_real, d_fake, h)]
         g = torch.empty_like(x)
-        kernel((len(x), 1, 1), (256, 1, 1), (x, d_real, d_fake, h, g, x[0].numel()))
+        kernel((len(x), 1, 1), (1024, 1, 1), (x, d_real, d_fake, h, g, x[0].numel()))
         return g
     n = (x - d_real).abs().flatten(1).mean(1)                                       # (B,)
     g = (h / n).view(-1, *[1] * (x.ndim - 1)) * (d_fake - d_real)

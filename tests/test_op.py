@@ -85,7 +85,7 @@ def test_a_compiler_that_fails(monkeypatch):
     common.load_kernel.cache_clear()
 
 
-# ---- the kernel's text on the CPU: 256 threads of one block that meet at __syncthreads ----
+# ---- the kernel's text on the CPU: 1,024 threads of one block that meet at __syncthreads ----
 
 SHIM = r"""
 #include <barrier>
@@ -94,7 +94,7 @@ SHIM = r"""
 #include <vector>
 struct Dim { int x; };
 static thread_local Dim threadIdx, blockIdx;
-static std::barrier meet(256);
+static std::barrier meet(1024);
 static void __syncthreads() { meet.arrive_and_wait(); }
 using std::isfinite;
 #define __global__
@@ -103,7 +103,7 @@ using std::isfinite;
 RUN = r"""
 extern "C" void run(int blocks, float* x, float* d_real, float* d_fake, float* h, float* g, int n) {
     std::vector<std::thread> threads;
-    for (int t = 0; t < 256; t++) threads.emplace_back([=] {
+    for (int t = 0; t < 1024; t++) threads.emplace_back([=] {
         for (int b = 0; b < blocks; b++) {
             threadIdx.x = t, blockIdx.x = b;
             weighted_score_gradient(x, d_real, d_fake, h, g, n);
@@ -126,7 +126,7 @@ def kernel(tmp_path_factory):
     library = ctypes.CDLL(f"{path}.so")
 
     def launch(grid, block, args):
-        assert block == (256, 1, 1) and grid[1:] == (1, 1)
+        assert block == (1024, 1, 1) and grid[1:] == (1, 1)
         pointers = [ctypes.c_void_p(t.data_ptr()) for t in args[:-1]]
         library.run(grid[0], *pointers, args[-1])
 
@@ -135,7 +135,7 @@ def kernel(tmp_path_factory):
 
 def by_kernel(kernel, x, d_real, d_fake, h):
     g = torch.empty_like(x)
-    kernel((len(x), 1, 1), (256, 1, 1), (x, d_real, d_fake, h, g, x[0].numel()))
+    kernel((len(x), 1, 1), (1024, 1, 1), (x, d_real, d_fake, h, g, x[0].numel()))
     return g
 
 
