@@ -35,7 +35,7 @@ ect without that weight, at rate 1e-4 (ECT: 1e-3, falling).  8. sprint: one feat
 9. ctm: one solver step, not several; the denoising loss has a fixed weight and the jump's levels;
 no GAN.  10. meanflow distils the teacher's velocity; --velocity data trains from scratch. r is
 uniform below t (paper: the lower of two draws); embedded is r, not t-r.  11. Images: one GPU, a
-day, only flips (papers: to 800,000 updates).
+day or two, only flips (papers: to 800,000 updates).
 """
 import copy
 import inspect
@@ -100,7 +100,7 @@ PRESETS = {
     "ctm": dict(mid=2.0), "meanflow": dict(mid=2.76), "meanflow data": dict(lr=5e-4, equal=0.75),
     "mnist": dict(SMALL, c=0.015, cond=True), "mnist cd": dict(N=8, lr=1e-3),
     "images": dict(SMALL, c=0.03),
-    # One GPU, 3 to 5 hours. Rates, levels, dropout, sCM's 10,000 steps of warm-up: the papers'
+    # An H100, 12 to 18 hours. Rates, levels, dropout, sCM's 10,000 steps of warm-up: the papers'
     "cifar10": dict(LARGE, net="ddpmpp", teacher_steps=100_000, steps=200_000, lr=1e-4, p_mean=-1.0,
                     p_std=1.4, warmup=0.05),
     "cifar10 cd": dict(lr=4e-4, mid=2.76),
@@ -111,7 +111,7 @@ PRESETS = {
     "cifar10 ctm": dict(lr=4e-4, mid=2.76, steps=100_000, accumulate=2),
     "cifar10 meanflow": dict(p_mean=-2.0, p_std=2.0, mid=2.76, lr=6e-4, equal=0.25, power=0.75,
                              floor=1e-3, dropout=0.2),
-    # One GPU, 8 to 16 hours; --teacher edm-imagenet-64x64-cond-adm.pkl
+    # An H100, 30 to 48 hours; --teacher edm-imagenet-64x64-cond-adm.pkl
     "imagenet64": dict(LARGE, net="adm", cond=True, steps=100_000, accumulate=4, lr=7e-5, c=0.06,
                        p_mean=-1.0, p_std=1.6, warmup=0.1),
     "imagenet64 cd": dict(N=40, lr=8e-6, mid=2.76),

@@ -74,10 +74,10 @@ LARGE = dict(flip=True, sigma_min=0.002, sigma_max=80.0, sigma_init=80.0, ema=0.
              samples=50_000)
 PRESETS = {
     "images": dict(SMALL, stage="distill"), "mnist": dict(SMALL, cond=True, stage="distill"),
-    # RF's batch, rate and steps of a reflow: 2 hours a stage. Pairs take 2.5 GB of memory
+    # RF's batch, rate and steps of a reflow: 7 hours a stage. Pairs take 2.5 GB of memory
     "cifar10": dict(LARGE, net="ddpmpp", teacher_steps=100_000, steps=300_000, batch=128, lr=2e-4,
                     pairs=100_000),
-    # RF++'s rate, law and distance: 3 hours a stage (RF++: 700,000 steps of 2048). Pairs take 5 GB
+    # RF++'s rate, law and distance: 12 hours a stage (RF++: 700,000 steps of 2048). Pairs take 5 GB
     "imagenet64": dict(LARGE, net="adm", cond=True, steps=50_000, batch=256, accumulate=8, lr=1e-4,
                        t_law="ushape", distance="huber"),
     "cifar10 small": dict(SMALL, cond=True, stage="distill"),   # for a CPU: a chain takes longer

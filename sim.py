@@ -28,8 +28,8 @@ updates per student update; with the papers' 1 the grid's modes are less even (H
 ring (0.0003); MNIST and own images use 1.  5. No dropout; Adam's beta2 is 0.99 (SiD: 0.999); SiD
 augments the fake score's input (p = 0.12 on CIFAR-10).  6. The EMA warms up, then its decay is
 constant; the rate falls to 0 over the last half.  7. A NaN ends the run, SiD drops such samples.
-8. SIM's settings for CIFAR-10 are not public: SiD's stand in.  9. Image settings fit one GPU and a
-day: 150,000 updates of 256 (SiD: 3 million of 256; ImageNet-64 122,000 of 8192).
+8. SIM's settings for CIFAR-10 are not public: SiD's stand in.  9. Image settings fit one GPU and
+three days: 150,000 updates of 256 (SiD: 3 million of 256; ImageNet-64 122,000 of 8192).
 """
 import copy
 from dataclasses import dataclass
