@@ -120,7 +120,6 @@ def train(cfg, data=None, teacher=None, student=None, on_log=None):
     for step in run.steps():
         set_lr(opt_G, cfg.lr, run.progress)
         set_lr(opt_fake, cfg.lr_fake, run.progress, floor=0.1)
-
         # 1. fit the fake score to the student's present samples
         for _ in range(cfg.fake_updates):
             for _ in range(cfg.accumulate):     # run.part: samples of one pass, batch / accumulate

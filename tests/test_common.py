@@ -415,7 +415,7 @@ def test_a_teachers_parts_are_no_larger_than_the_students(monkeypatch):
     images = Images(torch.zeros(20, 3, 32, 32, dtype=torch.uint8), torch.arange(20) % 10)
     for data, more in ((images, dict(data="cifar10")), (TOYS["ring"], dict(batch=4))):
         common.fit_teacher(fdistill.Config(**more, out="run"), data)
-    assert parts == [64, 512]
+    assert parts == [128, 512]
 
 
 def test_a_teacher_by_other_code_is_fitted_anew(no_pictures, monkeypatch):
