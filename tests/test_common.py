@@ -407,7 +407,7 @@ def test_cifar10_on_a_cpu(script):
 
 
 def test_a_teachers_parts_are_no_larger_than_the_students(monkeypatch):
-    """A fit of batch 512 in parts of 64 for a student of 256 / 4; toys fit any memory."""
+    """A fit of batch 512 in parts of 128 for a student of 256 / 2; toys fit any memory."""
     parts = []
     monkeypatch.setattr(common, "load_denoiser", lambda folder, cfg: None)
     monkeypatch.setattr(common, "train_teacher",
