@@ -35,7 +35,7 @@ by text is absent.  4. SlimFlow's guide makes both steps, as in the paper, not i
 guided has its teacher as guide. anneal ends after 0.6 of the run.  5. Adam with betas (0.9, 0.99)
 (papers: 0.999), no dropout (RF: 0.15) or clipping (RF: 1); the rate warms up over 2 % of the steps
 (RF, RF++: 5000) and falls to 0 over the last half (papers: constant).  6. One EMA decay for all
-stages, warmed up (RF's flow, SlimFlow: 0.999999).  7. Image settings fit one GPU and a day.
+stages, warmed up (RF's flow, SlimFlow: 0.999999).  7. Images: one GPU, a day a stage.
 """
 import copy
 import math
@@ -74,10 +74,10 @@ LARGE = dict(flip=True, sigma_min=0.002, sigma_max=80.0, sigma_init=80.0, ema=0.
              samples=50_000)
 PRESETS = {
     "images": dict(SMALL, stage="distill"), "mnist": dict(SMALL, cond=True, stage="distill"),
-    # RF's batch, rate and steps of a reflow: 7 hours a stage. Pairs take 2.5 GB of memory
+    # RF's batch, rate and steps of a reflow: 14 hours a stage. Pairs take 2.5 GB of memory
     "cifar10": dict(LARGE, net="ddpmpp", teacher_steps=100_000, steps=300_000, batch=128, lr=2e-4,
                     pairs=100_000),
-    # RF++'s rate, law and distance: 12 hours a stage (RF++: 700,000 steps of 2048). Pairs take 5 GB
+    # RF++'s rate, law and distance: a day a stage (RF++: 700,000 steps of 2048). Pairs take 5 GB
     "imagenet64": dict(LARGE, net="adm", cond=True, steps=50_000, batch=256, accumulate=8, lr=1e-4,
                        t_law="ushape", distance="huber"),
     "cifar10 small": dict(SMALL, cond=True, stage="distill"),   # for a CPU: a chain takes longer

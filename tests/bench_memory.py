@@ -129,11 +129,12 @@ def two_steps(before_the_second):
         progress, device = 0.5, torch.device("meta")
 
         def __init__(self, cfg, script, on_log=None, **state):
-            self.part = cfg.batch // cfg.accumulate
+            self.cfg, self.part = cfg, cfg.batch // cfg.accumulate
 
         def steps(self):
             yield 0
             before_the_second()                         # the optimisers' states are there now
+            self.cfg.accumulate = 2                     # of the loop's own: rectflow copies it
             yield 1
             raise Enough
 
@@ -156,7 +157,7 @@ def measure(script, data, part=64, **flags):
 
     def first_is_over():
         nonlocal first
-        memory.peak, cfg.accumulate = memory.now, 2
+        memory.peak = memory.now
         first = memory.now, memory.flops
 
     def pairs(*_):

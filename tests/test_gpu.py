@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 import common
 import fdistill
@@ -236,6 +237,17 @@ def test_bench_memory():
     plain, saving = zip(*[card.split(" / ") for card in cards])
     row = ["sim", fixed, mb, part, gb, " / ".join(plain), " / ".join(saving), hours]
     assert f"| {' | '.join(row)} |" in (ROOT / "notebooks/results.md").read_text()
+
+
+def test_bench_memory_counts_every_part():
+    """A flow's FLOPs a sample are a pass forward and one back, as PyTorch counts them."""
+    import bench_memory
+    found = bench_memory.measure("rectflow", "cifar10", part=1, stage="flow")[2]
+    cfg = rectflow.Config(data="cifar10", stage="flow")
+    D = common.build(cfg, bench_memory.Noise((3, 32, 32), 10, False))
+    with FlopCounterMode(display=False) as counter:
+        D(torch.randn(1, 3, 32, 32), torch.ones(1, 1, 1, 1)).sum().backward()
+    assert found == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
