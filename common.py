@@ -45,7 +45,8 @@ def blame(sentence):
     try:
         yield
     except Exception as e:
-        raise UserError(f"{sentence}: {e}".splitlines()[0][:400]) from None
+        cause = re.sub("(load failed)[.].*", r"\1", str(e))     # torch.load's advice is unsafe
+        raise UserError(f"{sentence}: {cause}".splitlines()[0][:400]) from None
 
 
 @dataclass(init=False)
@@ -1519,6 +1520,7 @@ def begin(cfg, script):
     for name in dataclasses.asdict(cfg).keys() & old.keys() - {*free}:
         need(old[name] == getattr(cfg, name), f"{folder} holds a run with --{name} {old[name]}, "
              f"not {getattr(cfg, name)}; choose another --out")
+    largest([0])                                        # all have looked before one makes it
 
 
 class Run:
@@ -1557,10 +1559,14 @@ class Run:
             text = json.dumps(dataclasses.asdict(self.cfg) | about, indent=1)
             write_atomically(self.dir / "config.json", lambda f: f.write(text.encode()))
 
+    LOCKS = {}                                          # this process's, each until `steps` ends
+
     def lock(self):
         """Keep other processes out of the folder; a second fit of the same teacher waits."""
         name = f"onestep-{checksum(str(self.dir.resolve()))}.lock"
-        self.held = open(Path(tempfile.gettempdir()) / name, "w")       # until `steps` ends
+        if name in self.LOCKS:                          # a notebook keeps an error, and its Run
+            self.LOCKS[name].close()
+        self.held = self.LOCKS[name] = open(Path(tempfile.gettempdir()) / name, "w")
         try:
             import fcntl
             fcntl.flock(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)

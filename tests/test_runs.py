@@ -165,6 +165,9 @@ def test_folders_are_never_overwritten(no_pictures, monkeypatch):
     Path("all/run/last.pt").write_bytes(first[:1000])
     code, err = main_in_process(fdistill, *flags, "--resume")
     assert code == 2 and "last.pt is damaged" in err
+    Path("note.txt").write_text("no network")
+    code, err = main_in_process(fdistill, *QUICK, "--teacher", "note.txt")
+    assert code == 2 and "damaged" in err and "weights_only" not in err     # its advice is unsafe
     monkeypatch.setattr(fdistill, "load_teacher", lambda *_: pytest.fail("too late"))
     code, err = main_in_process(fdistill, *flags, "--lr", "0.5")
     assert code == 2 and "--lr 0.002" in err and "0.5" in err
@@ -172,6 +175,25 @@ def test_folders_are_never_overwritten(no_pictures, monkeypatch):
     Path("mine/config.json").write_text('{"model_type": "unet"}')       # of another project
     code, err = main_in_process(fdistill, *QUICK, "--out", "mine")
     assert code == 2 and "no run's folder" in err and len(list(Path("mine").iterdir())) == 1
+
+
+def test_a_cell_runs_again():
+    """A notebook keeps a cell's error, and with it the run: the mended cell trains all the same."""
+    ring, kept = common.TOYS["ring"], []
+
+    class Mine:
+        def sample(self, n):
+            if n == 3000 and not kept:                  # asked for the picture of the data
+                raise ZeroDivisionError
+            return ring.sample(n)
+
+    cfg = fdistill.Config(steps=2, batch=16, samples=64, out="run")
+    for _ in range(2):
+        try:
+            fdistill.train(cfg, Mine(), common.Denoiser(common.MLP(width=8)))
+        except ZeroDivisionError as e:
+            kept.append(e)
+    assert len(kept) == 1 and Path("run/metrics.json").exists()
 
 
 @pytest.mark.background
@@ -289,9 +311,16 @@ def test_compare(monkeypatch, no_pictures, capsys):
 
 
 WORK = """
-import sys, torch, common, fdistill
+import sys, time, torch, common, fdistill
 common.join_processes()
 assert common.processes() == 2
+
+def late(path, read=common.read_json):
+    found = read(path)
+    time.sleep(common.rank())                           # the first is far ahead by then
+    return found
+
+common.read_json = late
 cfg = fdistill.Config(steps=4, batch=32, teacher_steps=2, samples=64, width=16, out="runs/two")
 p = torch.nn.Parameter(torch.zeros(3))
 opt = torch.optim.SGD([p], lr=1.0)
@@ -308,7 +337,7 @@ torch.save(torch.get_rng_state(), f"rng{common.rank()}.pt")
 
 @pytest.mark.background
 def test_two_processes(tmp_path):
-    """Gradients are the mean, weights stay equal, draws differ, one writes."""
+    """Gradients are the mean, weights stay equal, draws differ, one writes, none has to be quick."""
     (tmp_path / "work.py").write_text(WORK)
     code, _, err = run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                        "work.py", cwd=tmp_path, PYTHONPATH=str(ROOT), CUDA_VISIBLE_DEVICES="")
@@ -320,7 +349,7 @@ def test_two_processes(tmp_path):
 
 
 # Growth is a decision: lines, and bytes of common.py; design.md wants 1,300 and 58,000 there.
-LIMITS = dict(common=1766, fdistill=210, sim=170, dmd=310, consistency=480, rectflow=320)
+LIMITS = dict(common=1770, fdistill=210, sim=170, dmd=310, consistency=480, rectflow=320)
 
 
 @pytest.mark.parametrize("name", LIMITS)
