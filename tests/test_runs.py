@@ -67,7 +67,7 @@ def wait_for(condition, process, seconds=120):
 @pytest.mark.background
 def test_kill_and_resume(tmp_path):
     """kill -9 while training and while saving, resumed each time: the same student to the bit."""
-    flags = ["--steps", "6", *SMALL, "--every", "1"]
+    flags = ["--steps", "12", *SMALL, "--every", "1"]
     assert run("fdistill.py", *flags, "--out", "straight", cwd=tmp_path)[0] == 0
     marker = tmp_path / "killed/last.pt"
     for pause in (0.0, 0.3):
@@ -82,7 +82,7 @@ def test_kill_and_resume(tmp_path):
     a, b = [torch.load(tmp_path / name / "ema.pt")["model"] for name in ("straight", "killed")]
     torch.testing.assert_close(a, b, rtol=0, atol=0)
     steps = [int(row.split(",")[0]) for row in log_rows(tmp_path / "killed")]
-    assert steps == [*range(1, 7)]
+    assert steps == [*range(1, 13)]
 
 
 @pytest.mark.background
@@ -200,13 +200,20 @@ def test_a_cell_runs_again():
 def test_two_runs_of_one_folder(tmp_path):
     """A second run in a folder is refused; one that needs the same teacher waits for it."""
     flags = ["--steps", "300", "--teacher_steps", "600", "--batch", "64", "--samples", "64"]
-    first, other = [start("fdistill.py", *flags, "--seed", i, cwd=tmp_path) for i in (0, 1)]
+    first = start("fdistill.py", *flags, cwd=tmp_path)
+    wait_for(lambda: list(tmp_path.glob("runs/teacher-*/config.json")), first)
+    first.send_signal(signal.SIGSTOP)                               # time enough for the other
+    other = start("fdistill.py", *flags, "--seed", "1", cwd=tmp_path)
+    lines = iter(other.stdout.readline, "")
+    assert any("waiting for the process that fits" in line for line in lines)
+    first.send_signal(signal.SIGCONT)
     wait_for(lambda: list(tmp_path.glob("runs/fdistill-*0/log.csv")), first)
+    first.send_signal(signal.SIGSTOP)
     code, _, err = run("fdistill.py", *flags, cwd=tmp_path)
     assert code == 2 and "another process works in" in err
+    first.send_signal(signal.SIGCONT)
     outputs = [process.communicate(timeout=200) for process in (first, other)]
     assert first.returncode == other.returncode == 0, outputs
-    assert "waiting for the process that fits" in outputs[0][0] + outputs[1][0]
 
 
 def test_a_finished_run_is_prolonged(no_pictures):
