@@ -30,12 +30,12 @@ betas (0.9, 0.99), not RAdam; the rate falls to 0 over the last half; the EMA wa
 constant.  5. sCM: F is read off the denoiser, with EDM's c_noise ln(sigma) / 4 for t; no prior
 weight 1 / tan t; its weight is a table over 16 bins of levels.  6. Levels outside sigma_min ..
 sigma_max go to the ends.  7. ImageNet-64: no dropout (ECT, sCT: 0.4 and more at 16x16 and below);
-ect without that weight, at rate 1e-4 (ECT: 1e-3, falling).  8. sprint: one feature of the teacher
-(Sana: four); sCM's law of levels; one update of the head per student update; no mismatched pairs.
+ect without EDM's weight, at rate 1e-4 (ECT: 1e-3, falling).  8. sprint: one feature of the teacher
+(Sana: four); sCM's law of levels; no mismatched pairs; on toys the GAN counts 1 (Sana: 0.5).
 9. ctm: one solver step, not several; the denoising loss has a fixed weight and the jump's levels;
 no GAN.  10. meanflow distils the teacher's velocity; --velocity data trains from scratch. r is
-uniform below t (paper: the lower of two draws); embedded is r, not t-r.  11. Images: one GPU, a
-day or two, only flips (papers: to 800,000 updates).
+uniform below t (paper: the lower of two draws); embedded is r, not t-r.  11. Images: one GPU,
+days, batch 128 (papers: to 4224), only flips, to 200,000 updates (papers: 800,000).
 """
 import copy
 import inspect
@@ -100,7 +100,7 @@ PRESETS = {
     "ctm": dict(mid=2.0), "meanflow": dict(mid=2.76), "meanflow data": dict(lr=5e-4, equal=0.75),
     "mnist": dict(SMALL, c=0.015, cond=True), "mnist cd": dict(N=8, lr=1e-3),
     "images": dict(SMALL, c=0.03),
-    # An H100, 12 to 18 hours. Rates, levels, dropout, sCM's 10,000 steps of warm-up: the papers'
+    # An H100, a day or so. Rates, levels, dropout, sCM's 10,000 steps of warm-up: the papers'
     "cifar10": dict(LARGE, net="ddpmpp", teacher_steps=100_000, steps=200_000, lr=1e-4, p_mean=-1.0,
                     p_std=1.4, warmup=0.05),
     "cifar10 cd": dict(lr=4e-4, mid=2.76),
@@ -111,14 +111,14 @@ PRESETS = {
     "cifar10 ctm": dict(lr=4e-4, mid=2.76, steps=100_000, accumulate=2),
     "cifar10 meanflow": dict(p_mean=-2.0, p_std=2.0, mid=2.76, lr=6e-4, equal=0.25, power=0.75,
                              floor=1e-3, dropout=0.2),
-    # An H100, 30 to 48 hours; --teacher edm-imagenet-64x64-cond-adm.pkl
+    # An H100, two days or more; --teacher edm-imagenet-64x64-cond-adm.pkl
     "imagenet64": dict(LARGE, net="adm", cond=True, steps=100_000, accumulate=4, lr=7e-5, c=0.06,
                        p_mean=-1.0, p_std=1.6, warmup=0.1),
     "imagenet64 cd": dict(N=40, lr=8e-6, mid=2.76),
     "imagenet64 ct": dict(p_mean=-1.1, p_std=2.0, mid=3.05, lr=1e-4),
     "imagenet64 ect": dict(p_mean=-0.8, mid=3.05, lr=1e-4, q=4.0),
     "imagenet64 sprint": dict(mid=1.56, steps=50_000, warmup=0.2),
-    "imagenet64 ctm": dict(N=39, lr=4e-4, mid=2.76, steps=50_000),
+    "imagenet64 ctm": dict(N=39, lr=4e-4, mid=2.76, steps=50_000, accumulate=8),
     # On a CPU, with --minutes
     "cifar10 small": dict(SMALL, c=0.03, cond=True), "cifar10 small cd": dict(N=8, lr=1e-3),
 }

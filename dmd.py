@@ -28,12 +28,12 @@ gradients (official: norm 10), no warm-up (500 steps); the student's rate falls 
 half, the critic's to a tenth. One EMA (DMD2: none).  5. Labels in the data's proportions (DMD2:
 uniform).  6. vsd without text guidance, no label is dropped; its weight is re-read for x + sigma
 eps, its fake score has EDM's weight, adapters have scale 1.  7. Levels of 2 and 4 calls are DMD2's
-for Stable Diffusion in units of the data's std. On toys gradients pass through all calls. DMD2
-computes the loss after a random number of calls, one for all processes (here each draws its own);
-its fake score knows only the mixture of what they give, which may be right where the last call is
-not (4 calls on the grid: H 0.003, end to end 0.0002).  8. Image settings fit one GPU and days:
-40,000 x 256 on CIFAR-10 with 2 critic updates to one of the student (FastGen: 4), 15,000 x 280 on
-ImageNet-64. None was run at full size.
+for Stable Diffusion in units of the data's std. Gradients pass through all calls, but for GPUs'
+image presets. DMD2 computes the loss after a random number of calls, one for all processes (here
+each draws its own); its fake score knows only the mixture of what they give, which may be right
+where the last call is not (4 calls on the grid: H 0.003, end to end 0.0002).  8. Image settings fit
+one GPU and days: 40,000 x 256 on CIFAR-10 with 2 critic updates to one of the student (FastGen: 4),
+15,000 x 280 on ImageNet-64. None was run at full size.
 """
 import copy
 import math
@@ -83,10 +83,10 @@ PRESETS = {
     "vsd": dict(teacher_steps=2000, fake_updates=1, steps=1400, lr=1e-3, lr_fake=4e-3),
     "mnist": dict(SMALL, cond=True), "images": SMALL,
     # An H100, a day. DMD2 has no CIFAR-10 settings; f-distill's Table 5 and FastGen: batch 2048,
-    # rates 1e-4, 20K student updates with 4 of the critic; DMD: 100,000 pairs
+    # rates 1e-4, 20K student updates with 4 of the critic
     "cifar10": dict(LARGE, net="ddpmpp", teacher_steps=100_000, steps=40_000, batch=256,
                     accumulate=2, lr=5e-5, lr_fake=5e-5, gan_weight=1e-3, pairs=100_000),
-    # An H100, three days; DMD2: 194K steps, every fifth the student's; DMD: 25,000 pairs
+    # An H100, three to four days; DMD2: 194K steps, every fifth the student's
     "imagenet64": dict(LARGE, net="adm", steps=15_000, batch=280, accumulate=10, lr=2e-6,
                        lr_fake=2e-6, gan_weight=3e-3, pairs=25_000),
     "imagenet64 dmd2": dict(fake_updates=5),

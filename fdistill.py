@@ -21,8 +21,8 @@ equal in count, not in width of sigma; means of r and h are over one process's p
 The fake score's loss has EDM's weight (official: none).  4. One EMA, warmed up (FastGen: three);
 over the last half the student's rate falls to 0, the critic's to a tenth.  5. Adam with betas (0,
 0.99), not AdamW with (0.9, 0.999); no R1 penalty (paper: 1 on CIFAR-10), no clipping.  6. Levels
-are continuous.  7. Images: one GPU, a day or two; 2 critic updates per student update (FastGen: 4).
-Paper: 60,000 updates of 2048; ImageNet-64 380,000 of 512.
+are continuous.  7. Images: one GPU, 1 to 3 days; 2 critic updates a student's (FastGen: 4); 40,000
+of 256 at rate 5e-5 (paper: 60,000 of 2048 at 1e-4), ImageNet-64 30,000 of 128 (380,000 of 512).
 """
 import copy
 import math

@@ -35,7 +35,7 @@ by text is absent.  4. SlimFlow's guide makes both steps, as in the paper, not i
 guided has its teacher as guide. anneal ends after 0.6 of the run.  5. Adam with betas (0.9, 0.99)
 (papers: 0.999), no dropout (RF: 0.15) or clipping (RF: 1); the rate warms up over 2 % of the steps
 (RF, RF++: 5000) and falls to 0 over the last half (papers: constant).  6. One EMA decay for all
-stages, warmed up (RF's flow, SlimFlow: 0.999999).  7. Images: one GPU, a day a stage.
+stages, warmed up (RF's flow, SlimFlow: 0.999999).  7. Images: one GPU, 1 to 3 days a stage.
 """
 import copy
 import math

@@ -22,14 +22,14 @@ does. The loop reads no data.
 Differences from the papers and their code: 1. Both methods are one loss; alpha with the
 pseudo-Huber distance is in neither paper. With l2 the loss is twice SiD's, of no effect under Adam;
 SiD's factor 100 is left out.  2. y and c are in units of x (differences of denoisers, sigma^2 times
-those of scores), and SiD's normaliser serves both distances.  3. On toys the fake score gets 2 or 3
+those of scores); SiD's normaliser serves both distances.  3. On toys the fake score gets 2 or 3
 updates per student update; with the papers' 1 the grid's modes are less even (H 0.0014 against
 0.0005).  4. On toys alpha is 0.5, not SiD's 1.2, which fails on the grid (H 0.999) and works on the
 ring (0.0003); MNIST and own images use 1.  5. No dropout; Adam's beta2 is 0.99 (SiD: 0.999); SiD
 augments the fake score's input (p = 0.12 on CIFAR-10).  6. The EMA warms up, then its decay is
-constant; the rate falls to 0 over the last half.  7. A NaN ends the run, SiD drops such samples.
-8. SIM's settings for CIFAR-10 are not public: SiD's stand in.  9. Image settings fit one GPU and
-three days: 150,000 updates of 256 (SiD: 3 million of 256; ImageNet-64 122,000 of 8192).
+constant; rates fall over the last half, to 0 and a tenth.  7. A NaN ends the run, SiD drops such
+samples.  8. SIM's settings for CIFAR-10 are not public: SiD's stand in.  9. Images: one GPU, 3 to 5
+days: 150,000 updates of 256 (SiD: 3 million), ImageNet-64 40,000 (SiD: 122,000 of 8192).
 """
 import copy
 from dataclasses import dataclass
@@ -51,13 +51,13 @@ class Config(Shared):
     sigma_init: float = 2.5
     distance: Literal["l2", "huber"] = "l2"     # d of the divergence E d(y)
     c: float = 0.001            # width of the pseudo-Huber distance, in units of x
-    alpha: float = 0.5          # 0.5: exact gradient of E d(y) | 1: SIM | 1.2: SiD
+    alpha: float = 0.5          # 0.5: the gradient of E d(y) | 1: SIM | 1.2: SiD
     u_max: float = 0.8          # the student's loss looks at this lower part of the noise ramp
     fake_updates: int = 2       # updates of the fake score per student update
     lr_fake: float = 2e-3       # its learning rate
 
 
-# At the other scripts' rate of 1e-3 the student outruns its fake score: images grow alike
+# At fdistill's and dmd's rate, 1e-3, the student outruns its fake score: images grow alike
 SMALL = dict(net="small", teacher_steps=2000, steps=500, batch=32, accumulate=1, lr=3e-4, ema=0.99,
              lr_fake=2e-3, fake_updates=1, alpha=1.0, sigma_min=0.01, sigma_max=80.0, samples=5000)
 LARGE = dict(cond=True, flip=True, alpha=1.2, batch=256, fake_updates=1, sigma_min=0.002,
@@ -89,9 +89,9 @@ def distance(y, kind, c):
 def sim_loss(x, d_real, d_fake, kind, c, alpha):
     """
     Loss (B,); its gradient in x also runs through d_real and d_fake (B, ...). At alpha 1/2 it is
-    that of E d(y) / size, size a constant; at alpha 1 the same with the law of x_t held fixed (SIM,
-    Sec. 3.2; SiD). In denoisers: y = d_fake - d_real is sigma^2 (s_fake - s_real), d_fake - x is
-    sigma^2 (s_fake - grad log q(x_t | x)).
+    that of E d(y) / size, were size a constant; at alpha 1 the same with the law of x_t held fixed
+    (SIM, Sec. 3.2; SiD). In denoisers: y = d_fake - d_real is sigma^2 (s_fake - s_real), d_fake - x
+    is sigma^2 (s_fake - grad log q(x_t | x)).
     """
     y = d_fake - d_real
     d, slope = distance(y, kind, c)
