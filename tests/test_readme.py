@@ -75,9 +75,13 @@ def test_python_example(no_pictures):
 
 def test_own_images_on_a_gpu():
     """What README writes for them is a Config with CIFAR-10's network for the user's folder."""
-    code = re.search(r"`(Config\(\*\*PRESETS.*\))`", README)[1]
-    cfg = eval(code, vars(importlib.import_module("fdistill")))
-    assert (cfg.data, cfg.data_dir, cfg.net, cfg.dtype) == ("images", "FOLDER", "ddpmpp", "bf16")
+    module = importlib.import_module("fdistill")
+    names = vars(module) | {}
+    for line in re.findall(r"`(cfg[ .].*?)`", README):
+        exec(line, names)
+    want = module.Config(data="cifar10", dtype="bf16", cond=False)
+    want.data, want.data_dir = "images", "FOLDER"
+    assert names["cfg"] == want and want.net == "ddpmpp"
 
 
 def test_digits_are_measured(no_pictures, capsys, monkeypatch):
