@@ -89,15 +89,13 @@ def distance(y, kind, c):
 def sim_loss(x, d_real, d_fake, kind, c, alpha):
     """
     Loss (B,); its gradient in x also runs through d_real and d_fake (B, ...). At alpha 1/2 it is
-    that of E d(y) / size, were size a constant; at alpha 1 the same with the law of x_t held fixed
-    (SIM, Sec. 3.2; SiD). In denoisers: y = d_fake - d_real is sigma^2 (s_fake - s_real), d_fake - x
-    is sigma^2 (s_fake - grad log q(x_t | x)).
+    that of E d(y), at alpha 1 the same with the law of x_t held fixed (SIM, Sec. 3.2; SiD). In
+    denoisers: y = d_fake - d_real is sigma^2 (s_fake - s_real), d_fake - x is sigma^2 (s_fake -
+    grad log q(x_t | x)).
     """
     y = d_fake - d_real
     d, slope = distance(y, kind, c)
-    loss = 2 * (1 - alpha) * d - (slope * (d_fake - x)).flatten(1).sum(1)
-    size = (x - d_real).detach().abs().flatten(1).mean(1)       # DMD, Eq. 8, as in SiD's code
-    return loss / size.clamp(min=1e-5)
+    return 2 * (1 - alpha) * d - (slope * (d_fake - x)).flatten(1).sum(1)
 
 
 # ---- training ------------------------------------------------------------------------------------
@@ -141,7 +139,9 @@ def train(cfg, data=None, teacher=None, student=None, on_log=None):
             x_t = x + sigma * torch.randn_like(x)
             d_real = teacher(x_t, sigma, label)
             d_fake = fake(x_t, sigma, label)
-            loss = sim_loss(x, d_real, d_fake, cfg.distance, cfg.c, cfg.alpha).mean()
+            need(d_real.requires_grad, "the teacher must pass gradients on: no torch.no_grad in it")
+            weight = (1 / sigma**2 + 1 / data.sigma_data**2).sqrt().flatten()   # of sigma alone
+            loss = (weight * sim_loss(x, d_real, d_fake, cfg.distance, cfg.c, cfg.alpha)).mean()
             (loss / cfg.accumulate).backward(inputs=list(G.parameters()))
         opt_G.step()
         opt_G.zero_grad()

@@ -28,9 +28,8 @@ def test_gradient_against_quadrature(kind, d, sigma, alpha):
     alpha 1 is the gradient of E d(y) with the law of x_t frozen, alpha 0.5 with the law varying,
     any other alpha the combination frozen + 2 (1 - alpha) (varying - frozen), SiD's 1.2 included.
     """
-    def loss(x, d_real, d_fake, r):                     # without its normaliser
-        size = (x - d_real)[:, 0].abs().detach()
-        return size * sim_loss(x, d_real, d_fake, kind, 0.3, alpha)
+    def loss(x, d_real, d_fake, r):
+        return sim_loss(x, d_real, d_fake, kind, 0.3, alpha)
 
     frozen, varying = divergence_slope(d, sigma, frozen=True), divergence_slope(d, sigma)
     want = frozen + 2 * (1 - alpha) * (varying - frozen)
@@ -41,11 +40,11 @@ def test_gradient_against_quadrature(kind, d, sigma, alpha):
 
 @pytest.mark.parametrize("alpha", [0.5, 1.0, 1.2])
 def test_l2_is_twice_sid(alpha):
-    """As SiD's paper writes it: value and gradient, for any alpha; images as well as points."""
+    """As SiD's paper writes it, without its code's normaliser: value and gradient, for any alpha."""
     x = torch.randn(8, 3, 4, 4, dtype=F64, requires_grad=True)
     d_real, d_fake = torch.nn.Conv2d(3, 3, 3, padding=1).double()(x), torch.tanh(x)
     per_element = (d_real - d_fake) * ((d_real - x) - alpha * (d_real - d_fake))
-    sid = per_element.sum((1, 2, 3)) / (x - d_real).detach().abs().mean((1, 2, 3))
+    sid = per_element.sum((1, 2, 3))
     ours = sim_loss(x, d_real, d_fake, "l2", 1.0, alpha)
     torch.testing.assert_close(ours, 2 * sid)
     slopes = [torch.autograd.grad(loss.sum(), x, retain_graph=True)[0] for loss in (ours, 2 * sid)]
@@ -105,6 +104,13 @@ def test_no_data_is_touched(monkeypatch):
     monkeypatch.setattr(common.Run, "report", lambda *_: None)
     student, _ = train(cfg, data, teacher)
     assert (flat(student) - flat(teacher)).abs().max() > 1e-4
+
+
+def test_a_teacher_must_pass_gradients_on():
+    """One that is wrapped for inference would silently train another loss."""
+    teacher = torch.no_grad()(lambda x_t, sigma, label=None: x_t / (1 + sigma**2))
+    with pytest.raises(common.UserError, match="no_grad"):
+        train(quick(), None, teacher)
 
 
 @pytest.mark.parametrize("flags, words", [(dict(c=0.0), "--c"), (dict(u_max=1.5), "u_max"),
