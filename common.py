@@ -11,8 +11,9 @@ The score is (D(x_t, sigma, label) - x_t) / sigma^2.
 
 Importing this file does no work. It is no script: start with `python fdistill.py`.
 """
-import argparse, contextlib, copy, dataclasses, difflib, functools, gzip, hashlib, inspect, io, json
-import math, os, pickle, re, signal, sys, tarfile, tempfile, threading, time, warnings, zipfile
+import argparse, contextlib, copy, dataclasses, difflib, functools, glob, gzip, hashlib, inspect
+import io, json, math, os, pickle, re, signal, sys, tarfile, tempfile, threading, time, warnings
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -45,7 +46,8 @@ def blame(sentence):
     try:
         yield
     except Exception as e:
-        cause = re.sub("(load failed)[.].*", r"\1", str(e))     # torch.load's advice is unsafe
+        # without torch.load's advice, which is unsafe, and without Pillow's address of a buffer
+        cause = re.sub("(load failed|image file).*", r"\1", str(e))
         raise UserError(f"{sentence}: {cause}".splitlines()[0][:400]) from None
 
 
@@ -327,15 +329,19 @@ def load_data(cfg, data=None):
     left out. Raises UserError for missing or damaged files, and for --fid that cannot work."""
     if data is None:
         data = TOYS[cfg.data] if cfg.data in TOYS else read_data(cfg)
-    if torch.is_tensor(data):
+    if torch.is_tensor(data) or isinstance(data, np.ndarray):
+        data = torch.as_tensor(data)
         need(data.dtype == torch.uint8 or data.is_floating_point(), "data must be float or uint8")
         data = Images(data, None, 0, pick_device(cfg), cfg.flip)
     if isinstance(data, nn.Module):
         data = copy.deepcopy(data).to(pick_device(cfg))
+    need(hasattr(data, "sample"), f"data {type(data).__name__} is no tensor, has no sample(n)")
     data = copy.copy(data)
     if not hasattr(data, "class_weights"):
         describe(data, cfg)
-    need(fits(data.shape), f"samples {data.shape} are neither points nor square images (C, 4k, 4k)")
+    need(fits(data.shape), f"samples {data.shape}: not (D > 1,), not square images (C, 4k, 4k)")
+    need(0 < data.sigma_data < cfg.sigma_max / 2, f"the data's standard deviation is "
+         f"{data.sigma_data:g}: scale points to about 1, images as floats to [-1, 1]")
     need(data.class_weights or not cfg.cond, "the data has no labels: omit --cond")
     data.class_weights = data.class_weights if cfg.cond else []
     data.label_dim = len(data.class_weights)
@@ -347,11 +353,15 @@ def load_data(cfg, data=None):
 
 def describe(data, cfg):
     """Give data of your own, an object with sample(n), what the scripts ask a data set for."""
-    draw, (x, label) = data.sample, data.sample(4096)
+    draw, found, device = data.sample, data.sample(4096), pick_device(cfg)
+    with blame("data.sample(n) must give (x (n, ...) float, label (n, K) one-hot or None)"):
+        x, label = found
+        need(x.is_floating_point(), f"x is {x.dtype}")
+        need(label is None or (label.sum(1) == 1).all(), "its labels are not one-hot")
 
     def sample(n):
         x, label = draw(n)
-        return x.float().to(pick_device(cfg)), label if cfg.cond else None
+        return x.float().to(device), label.float().to(device) if cfg.cond else None
 
     data.sample, data.shape, data.sigma_data = sample, tuple(x.shape[1:]), float(x.std())
     data.class_weights = [] if label is None else label.float().mean(0).tolist()
@@ -360,7 +370,7 @@ def describe(data, cfg):
 def fits(shape):
     """Whether networks take samples of this shape: points (D,), or square images, grey or RGB."""
     if len(shape) != 3:
-        return len(shape) == 1
+        return len(shape) == 1 and shape[0] > 1
     return shape[0] in (1, 3) and shape[1] == shape[2] and shape[2] % 4 == 0
 
 
@@ -376,8 +386,9 @@ def read_data(cfg):
         good = len(images) and fits(images.shape[1:]) and images.dtype == np.uint8
         need(good, f"its images are {images.shape} {images.dtype}")
         need(labels is not None or not cfg.cond, "its images have no labels: omit --cond")
-        good = labels is None or len(labels) == len(images) and labels.dtype.kind in "iu"
-        need(good, "labels must be a class number for each image")
+        good = labels is None or (labels.shape == images.shape[:1] and labels.dtype.kind in "iu" and
+                                  labels.min() >= 0 and labels.max() < (classes or 2**31))
+        need(good, f"{len(images)} images want a class number each, not {labels}")
         return Images(images, labels, classes, pick_device(cfg), cfg.flip)
 
 
@@ -417,7 +428,6 @@ def read_cifar10(cfg, where):
             files = {Path(member.name).name: member for member in tar if member.isfile()}
             parts = [tar.extractfile(files[name]).read() for name in names]
     rows = np.frombuffer(bytearray().join(parts), np.uint8).reshape(-1, 3073)
-    need(rows[:, 0].max() < 10, f"a label is {rows[:, 0].max()}")
     return rows[:, 1:].reshape(-1, 3, 32, 32), rows[:, 0]
 
 
@@ -444,19 +454,22 @@ def read_imagenet(cfg, where):
 def read_images(cfg, where, shape=None):
     """Images of your own, PNG or JPEG in a folder or a .zip, or an .npz; sub-folders are classes.
     A `shape` that is given is that of EDM's zips, which have their labels in dataset.json."""
-    if where.suffix == ".npz":
+    if where.suffix.lower() == ".npz":
         return read_npz(where)
-    paths = list_files(where)
+    paths, known = list_files(where), {}
     index = paths.pop("dataset.json", None)
-    known = {} if shape else {name: name.split("/")[0] for name in paths if "/" in name}
+    need(paths, "there are no images")
     if index:
         known = dict(json.loads(index.read_bytes()).get("labels") or [])
-    need(paths, "there are no images")
+    elif not shape:                                     # a folder around all of them is no class
+        around = os.path.commonpath([Path(name).parent.parent for name in paths])
+        known = {name: Path(name).relative_to(around).parts[0] for name in paths if "/" in name}
     shape = read_picture(next(iter(paths.values())), shape).shape
     need(fits(shape), f"its images are {shape}")
     labels = None
-    if known:
-        need(known.keys() >= paths.keys(), "some images have a class and some have none")
+    if known and cfg.cond:
+        odd = sorted(paths.keys() - known.keys())
+        need(not odd, f"some images have a class and some have none, such as {odd[:1]}")
         labels = np.array([known[name] for name in paths])
         if labels.dtype.kind == "U":                    # folders' names: numbers in their order
             labels = np.unique(labels, return_inverse=True)[1]
@@ -470,7 +483,8 @@ def list_files(where):
     if where.is_dir():
         for folder in where.iterdir():
             need(folder.is_file() or any(folder.iterdir()), f"class folder {folder} is empty")
-        paths = {path.relative_to(where).as_posix(): path for path in where.rglob("*")}
+        names = glob.glob("**", root_dir=where, recursive=True)     # follows links
+        paths = {Path(name).as_posix(): where / name for name in names}
     else:
         root = zipfile.Path(where)
         paths = {name: root / name for name in root.root.namelist()}
@@ -491,7 +505,9 @@ def read_picture(path, shape):
 
 def read_npz(where):
     """(images (N, C, H, W), labels or None) of an .npz of your own."""
+    need(zipfile.is_zipfile(where), "it is no .npz archive")
     z = np.load(where)
+    need("images" in z and z["images"].ndim in (3, 4), f"it has {({k: z[k].shape for k in z})}")
     images, labels = z["images"], z["labels"].reshape(-1) if "labels" in z else None
     images = images[:, None] if images.ndim == 3 else images
     if images.shape[3] in (1, 3):
@@ -1087,12 +1103,15 @@ def load_teacher(cfg, data, teacher=None):
     if isinstance(teacher, Denoiser):
         made, wanted = [f"{tuple(d.shape)} in {d.label_dim} classes" for d in (teacher, data)]
         need(made == wanted, f"the teacher makes {made}, the data is {wanted}: see --data, --cond")
+    need(callable(teacher), "teacher is no denoiser D(x_t, sigma, label); paths go into --teacher")
     if isinstance(teacher, nn.Module):
-        teacher.to(pick_device(cfg)).requires_grad_(False)
+        teacher.eval().to(pick_device(cfg)).requires_grad_(False)
     with fork_rng(pick_device(cfg)):                    # the caller's random numbers stay the same
         x = torch.randn(2, *data.shape, device=pick_device(cfg))
         answer = teacher(x, level(x, cfg.sigma_min), draw_label(2, data, x.device))
-    need(answer.shape == x.shape, f"the teacher gives {answer.shape} for x_t {x.shape}")
+    need(torch.is_tensor(answer) and answer.shape == x.shape, "the teacher gives "
+         f"{type(answer).__name__} {getattr(answer, 'shape', '')} for x_t {x.shape}")
+    need(answer.isfinite().all(), "the teacher gives numbers that are not finite")
     return teacher
 
 
@@ -1106,7 +1125,7 @@ def initial_student(cfg, data, teacher=None, student=None):
     student = place(student.train().requires_grad_(True), cfg)
     for name in ("shape", "label_dim", "class_weights"):
         setattr(student, name, getattr(data, name))
-    if not isinstance(student, Denoiser):               # a Denoiser has the one it was made for
+    if not hasattr(student, "sigma_data"):              # a Denoiser has the one it was made for
         student.sigma_data = data.sigma_data
     student.sigma_init, student.levels = cfg.sigma_init, [cfg.sigma_init]
     student.most = cfg.batch // cfg.accumulate
@@ -1762,7 +1781,8 @@ def draw(cfg, sample):
     torch.manual_seed(cfg.seed)
     x = sample(student, cfg.samples)
     write_atomically(Path(cfg.sample) / "draw.npy", lambda f: np.save(f, x.cpu().numpy()))
-    save_picture(Path(cfg.sample) / "draw.png", {f"{len(x):,} samples": x})
+    shown = x if x.ndim == 2 else x[:64]
+    save_picture(Path(cfg.sample) / "draw.png", {f"{len(shown):,} samples": shown})
     print(f"{len(x):,} samples\n{cfg.sample}/draw.npy\n{cfg.sample}/draw.png")
 
 

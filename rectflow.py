@@ -299,7 +299,7 @@ def draw_trajectories(file, paths):
     for ax, (title, p) in zip(figure.subplots(1, len(paths), squeeze=False)[0], paths.items()):
         p = p[:, :250].cpu().numpy()
         ax.plot(p[..., 0], p[..., 1], color="#0072b2", linewidth=0.5, alpha=0.5)
-        ax.scatter(*p[-1].T, s=6, color="#d55e00", linewidths=0, zorder=3)
+        ax.scatter(p[-1, :, 0], p[-1, :, 1], s=6, color="#d55e00", linewidths=0, zorder=3)
         ax.set(title=title, aspect="equal", xticks=[], yticks=[])
     figure.savefig(file, dpi=130)
 

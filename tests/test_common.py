@@ -257,7 +257,7 @@ def own_draws(n):
 
 
 @pytest.mark.parametrize("data, classes", [
-    (torch.randn(500, 2), 0), (mixture().float(), 3), (SimpleNamespace(sample=own_draws), 3),
+    (torch.randn(500, 2), 0), (np.random.randn(500, 2), 0), (mixture().float(), 3), (SimpleNamespace(sample=own_draws), 3),
     (SimpleNamespace(sample=own_draws), 0)])
 def test_own_data(no_pictures, data, classes):
     """A tensor, a mixture, anything with sample; without --cond its labels are not asked for."""
@@ -266,12 +266,13 @@ def test_own_data(no_pictures, data, classes):
 
 
 def test_own_teacher_and_student(no_pictures):
-    """They train, resume to the bit and load again; the student's buffers are averaged too."""
-    def teacher(x_t, sigma, label=None):
-        return x_t / (1 + sigma**2)
-
-    own = Own(torch.nn.Linear(3, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 2))
+    """They train, resume to the bit and load again; the student's buffers are averaged too, the
+    teacher's stay, and so does what the student calls sigma_data."""
+    teacher, own = [Own(torch.nn.Linear(3, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 2))
+                    for _ in range(2)]
+    own.sigma_data = 0.25
     check_resume(fdistill.train, quick, None, teacher, own)
+    assert teacher[1].num_batches_tracked == 0 and own.sigma_data == 0.25
     again = common.load_denoiser("runs/straight", CPU, own)
     assert again[1].num_batches_tracked > 0 and fdistill.sample(again, 7).shape == (7, 2)
     with pytest.raises(UserError, match="of your own"):
@@ -459,11 +460,22 @@ NET, RING = Denoiser(MLP(2, width=8)), load_data(CPU)
     ("--cond", fdistill.Config, [], dict(cond=1)),
     ("square", load_data, [CPU, torch.zeros(9, 3, 29, 29)], {}),
     ("square", load_data, [CPU, torch.zeros(9, 2, 8, 8)], {}),
+    ("square", load_data, [CPU, torch.zeros(9, 1)], {}),
+    ("deviation is nan", load_data, [CPU, torch.full((9, 2), math.nan)], {}),
+    ("deviation is 0", load_data, [CPU, torch.zeros(9, 2)], {}),
+    ("-1, 1", load_data, [CPU, 100 * torch.randn(9, 3, 8, 8)], {}),
+    ("no tensor", load_data, [CPU, "data.npz"], {}),
+    ("must give", load_data, [CPU, SimpleNamespace(sample=lambda n: torch.zeros(n, 2))], {}),
+    ("uint8", load_data, [CPU, SimpleNamespace(sample=lambda n: (torch.ones(n).byte(), None))], {}),
+    ("one-hot", load_data, [CPU, SimpleNamespace(
+        sample=lambda n: (torch.randn(n, 2), torch.randint(3, (n, 1))))], {}),
     ("float", load_data, [CPU, torch.zeros(9, 8, dtype=torch.int64)], {}),
     ("no labels", load_data, [quick(cond=True), torch.randn(9, 2)], {}),
     ("makes", load_teacher, [CPU, RING, Denoiser(MLP(3, width=8))], {}),
     ("makes", load_teacher, [CPU, RING, Denoiser(MLP(2, 8, width=8))], {}),
     ("teacher gives", load_teacher, [CPU, RING, lambda x_t, sigma, label=None: x_t[:, :1]], {}),
+    ("not finite", load_teacher, [CPU, RING, lambda x_t, sigma, label=None: x_t / 0], {}),
+    ("path", load_teacher, [CPU, RING, "runs/teacher"], {}),
     ("pass a copy", common.initial_student, [CPU, RING, NET, NET], {})])
 def test_what_does_not_fit(words, function, given, flags):
     """What one hands over from Python: odd numbers, data or teachers."""

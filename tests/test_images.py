@@ -89,8 +89,11 @@ def test_mnist(folder, zipped):
         path.write_bytes(gzip.compress(raw) if zipped else raw)
     data = load("mnist", cond=True)
     assert np.array_equal(data.images, images) and np.array_equal(data.labels, labels)
-    path.write_bytes(path.read_bytes()[:-5])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-5])
     refused("--data_dir", "mnist")
+    path.write_bytes(gzip.compress(raw[:-1] + b"\n") if zipped else whole[:-1] + b"\n")      # class 10
+    refused("class number", "mnist")
 
 
 def write_cifar(folder, inside="cifar-10-batches-bin", label=0):
@@ -125,7 +128,7 @@ def test_wrong_cifar10():
     write_cifar("label", label=20)
     write_cifar("lacks")
     Path("lacks/cifar-10-batches-bin/data_batch_2.bin").unlink()
-    for where, words in {"cut.tar.gz": "binary", "page.tar.gz": "binary", "label": "a label is 2",
+    for where, words in {"cut.tar.gz": "binary", "page.tar.gz": "binary", "label": "class number",
                          "lacks": "batch_2.bin", "nowhere": "nothing"}.items():
         refused(words, "cifar10", where)
 
@@ -207,10 +210,13 @@ def test_wrong_imagenet():
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("kind", ["folder", "zip", "first.npz", "last.npz"])
 def test_own_images(kind, channels):
-    """Grey or RGB, in class folders, a zip of EDM's, or an .npz with channels first or last."""
+    """Grey or RGB, in class folders, a zip of EDM's, or an .npz with channels first or last. A folder
+    around the classes' is no class, and links are followed."""
     images, labels = random_images(6, channels, 12, 12), [0, 0, 1, 1, 2, 2]
     if kind == "folder":
-        write_folder(kind, images, [f"{'abc'[k]}/{i}.png" for i, k in enumerate(labels)])
+        write_folder(kind, images, [f"all/{'abc'[k]}/{i}.png" for i, k in enumerate(labels)])
+        Path("folder/all/b").rename("elsewhere")
+        Path("folder/all/b").symlink_to(Path("elsewhere").resolve())
     elif kind == "zip":
         write_zip(kind, images, labels, junk=True)
     else:
@@ -261,11 +267,13 @@ def test_wrong_folders():
         Path(folder).mkdir()
     Path("page.zip").write_text("<html>")
     zipfile.ZipFile("empty.zip", "w").close()
-    for where, words in {"sizes": "b.png", "some": "class", "empty class": "cow", "cut": "b.png",
+    for where, words in {"sizes": "b.png", "empty class": "cow", "cut": "b.png",
                          "text": "notes.txt", "nothing": "no images", "page.zip": "PNG",
                          "empty.zip": "no images", "nowhere": "nowhere"}.items():
         refused(words, "images", where)
     refused("--cond", "images", "flat", cond=True)
+    refused("a.png", "images", "some", cond=True)
+    assert len(load("images", "some").images) == 2      # without --cond classes are not asked for
 
 
 @pytest.mark.parametrize("arrays", [
@@ -279,3 +287,5 @@ def test_wrong_npz(arrays):
     """No images, floats, no side, none at all, objects, 2 channels, not square; odd labels."""
     np.savez("own.npz", **arrays)
     refused("images", "images", "own.npz")
+    Path("own.npz").write_text("no archive")
+    refused("no .npz", "images", "own.npz")

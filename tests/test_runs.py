@@ -356,7 +356,7 @@ def test_two_processes(tmp_path):
 
 
 # Growth is a decision: lines, and bytes of common.py; design.md wants 1,300 and 58,000 there.
-LIMITS = dict(common=1770, fdistill=210, sim=170, dmd=310, consistency=480, rectflow=320)
+LIMITS = dict(common=1790, fdistill=210, sim=170, dmd=310, consistency=480, rectflow=320)
 
 
 @pytest.mark.parametrize("name", LIMITS)
