@@ -1143,6 +1143,7 @@ def fit_teacher(cfg, data, exact=None):
                 batch=512 if toy or large else 32, accumulate=1)
     while not toy and same["batch"] / same["accumulate"] > cfg.batch / cfg.accumulate:
         same["accumulate"] *= 2                         # no part is larger than the student's
+    same["batch"] -= same["batch"] % (same["accumulate"] * processes())
     with fork_rng(pick_device(cfg)):                    # the caller's random numbers stay the same
         torch.manual_seed(0)
         x, label = data.sample(256)
@@ -1150,7 +1151,8 @@ def fit_teacher(cfg, data, exact=None):
         answers = None if exact is None else exact(x + sigma, sigma, label)
         facts = [same, *map(inspect.getsource, (build, small_unet, train_teacher))]
         folder = runs_folder(cfg) / f"teacher-{cfg.data}-{checksum(facts, x, label, answers)}"
-        folder = Path(getattr(cfg, "fitted", None) or folder)
+        if cfg.resume and getattr(cfg, "fitted", None):     # the run's, whatever --minutes is
+            folder = Path(cfg.fitted)
         fit = Shared(**same, out=str(folder), resume=True, device=cfg.device, compile=cfg.compile,
                      recompute=cfg.recompute)
         done, = largest([(folder / "metrics.json").exists()])
@@ -1166,8 +1168,8 @@ def train_teacher(fit, data, exact):
     D = initial_student(fit, data, student=build(fit, data))
     ema = copy.deepcopy(D).eval().requires_grad_(False)
     opt = torch.optim.Adam(D.parameters(), betas=(0.9, 0.99), fused=True)
-    run = Run(fit, "teacher", D=D, ema=ema, opt=opt)
     panels, _, label_show = gallery(fit, data)
+    run = Run(fit, "teacher", D=D, ema=ema, opt=opt)
     for step in run.steps():
         set_lr(opt, fit.lr, run.progress, warmup=0.05)
         for _ in range(fit.accumulate):
@@ -1187,6 +1189,7 @@ def train_teacher(fit, data, exact):
         run.log(loss=loss)
         if step == 0 and run.due():
             run.show(panels, label_show)                # so that one sees at once what was read
+            run.drawing = 0.0                           # no more of them: for the time to go
     if rank() == 0:
         run.finish({})
     largest([0])                                        # the others wait for the first one's files
@@ -1494,8 +1497,9 @@ def write_atomically(path, write):
             f.flush()
             os.fsync(f.fileno())                        # a power cut, too
         os.replace(part, path)
-    except (OSError, RuntimeError) as e:                # torch.save: a full disk is a RuntimeError
-        raise UserError(f"could not write {path}, what was there is kept: {str(e).splitlines()[0]}")
+    except (OSError, RuntimeError) as e:                # torch.save's, of a full disk, is unclear
+        cause = e if isinstance(e, OSError) else "the disk may be full"
+        raise UserError(f"could not write {path}, what was there is kept: {cause}")
     finally:
         part.unlink(missing_ok=True)
 
@@ -1532,8 +1536,9 @@ def begin(cfg, script):
     cfg.started, folder = time.time(), run_folder(cfg, script)
     torch.manual_seed(cfg.seed)
     old = read_json(folder / "config.json")
-    cfg.fitted = old.get("fitted") if cfg.resume else None      # its teacher, whatever --minutes is
-    need(old.get("script") == script or not folder.exists(),
+    cfg.fitted = old.get("fitted")                      # its teacher
+    there = folder.is_file() or folder.is_dir() and any(folder.iterdir())
+    need(old.get("script") == script or not there,
          f"{folder} exists and is no run's folder of {script}; choose another --out")
     free = (*FREE, "steps", "minutes") if cfg.resume else FREE
     for name in dataclasses.asdict(cfg).keys() & old.keys() - {*free}:
@@ -1552,13 +1557,19 @@ class Run:
         self.cfg, self.script, self.on_log, self.state = cfg, script, on_log, state
         self.dir, self.device = run_folder(cfg, script), pick_device(cfg)
         self.part = cfg.batch // cfg.accumulate // processes()
-        self.step, self.progress, self.last, self.stop = 0, 0.0, False, 0
+        self.step, self.progress, self.last, self.stop = 0, 0.0, False, 0       # stop: a signal
         self.seconds, self.budget, self.drawing, self.rows, self.history = 0.0, 0.0, 0.0, [], []
         for part in state.values():
             if processes() > 1 and isinstance(part, torch.optim.Optimizer):
                 part.register_step_pre_hook(average_gradients)
         torch.manual_seed(cfg.seed + 1_000_003 * rank())
-        first_alone(self.open)
+        name = f"onestep-{checksum(str(self.dir.resolve()))}.lock"
+        self.held = open(Path(tempfile.gettempdir()) / name, "w")       # until `steps` ends
+        try:
+            first_alone(self.open)
+        except BaseException:                           # a notebook keeps errors, and so the run
+            self.held.close()
+            raise
 
     def open(self):
         if not rank():
@@ -1571,21 +1582,15 @@ class Run:
             self.dir.rename(aside)
             print(f"the earlier run in {self.dir} is now {aside}")
         elif self.cfg.resume and self.script != "teacher":
-            print(f"nothing to resume in {self.dir}: it begins")
+            print(f"nothing to resume in {self.dir} (--out): it begins")
         if not rank():
             about = dict(script=self.script, torch=torch.__version__, processes=processes())
             about["fitted"] = getattr(self.cfg, "fitted", None)
             text = json.dumps(dataclasses.asdict(self.cfg) | about, indent=1)
             write_atomically(self.dir / "config.json", lambda f: f.write(text.encode()))
 
-    LOCKS = {}                                          # this process's, each until `steps` ends
-
     def lock(self):
         """Keep other processes out of the folder; a second fit of the same teacher waits."""
-        name = f"onestep-{checksum(str(self.dir.resolve()))}.lock"
-        if name in self.LOCKS:                          # a notebook keeps an error, and its Run
-            self.LOCKS[name].close()
-        self.held = self.LOCKS[name] = open(Path(tempfile.gettempdir()) / name, "w")
         try:
             import fcntl
             fcntl.flock(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1616,8 +1621,7 @@ class Run:
             if threading.current_thread() is threading.main_thread():
                 for number in (signal.SIGINT, signal.SIGTERM):
                     undo.callback(signal.signal, number, signal.signal(number, self.remember))
-            if rank() == 0:
-                undo.callback(self.held.close)
+            undo.callback(self.held.close)
             bar = undo.enter_context(tqdm(total=None if cfg.minutes else cfg.steps, ncols=79,
                                           initial=self.step, desc=self.script, disable=rank() > 0))
             while not self.last:
@@ -1628,8 +1632,9 @@ class Run:
                 self.tell_time(bar, self.step - first)
 
     def remember(self, number, frame):
-        """Let Ctrl-C and SIGTERM wait for the end of the step; a second one does not wait."""
-        if self.stop:
+        """Let Ctrl-C and SIGTERM wait for the end of the step; a second one does not wait, but for
+        torchrun's, which sends it by itself."""
+        if self.stop and processes() == 1:
             raise KeyboardInterrupt
         self.stop = int(number)
 
@@ -1647,19 +1652,20 @@ class Run:
         self.seconds = time.time() - self.began
         if len(self.rows) >= 50:
             self.flush()
-        if self.step % self.cfg.every == 0 or self.last or self.stop:
+        stop, = largest([self.stop])                    # processes agree
+        if self.step % self.cfg.every == 0 or self.last or stop:
             self.save()
-        if self.stop and not self.last:
+        if stop and not self.last:
             sentence = f"stopped, saved at step {self.step}; go on with --resume"
-            raise KeyboardInterrupt(128 + self.stop, sentence)
+            raise KeyboardInterrupt(128 + int(stop), sentence)
 
     def look_at_clock(self):
         """Progress in [0, 1] at a step's start, and whether it is the last; processes agree."""
         self.before, now = self.progress, self.step / self.cfg.steps
         if self.cfg.minutes:
             now = min(1.0, (time.time() - self.began) / self.budget)
-        self.progress, stop = largest([now, self.stop])
-        self.stop, self.last = int(stop), self.step + 1 >= self.cfg.steps
+        self.progress, = largest([now])
+        self.last = self.step + 1 >= self.cfg.steps
         if self.cfg.minutes:                            # the last: the next would end too late
             self.last = 2 * self.progress - self.before >= 1
 

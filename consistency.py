@@ -389,8 +389,8 @@ def train(cfg, data=None, teacher=None, student=None, on_log=None):
     if cfg.loss == "sprint":
         opt_disc = torch.optim.Adam(disc.parameters(), cfg.lr_disc, betas=(0.0, 0.99), fused=True)
         state |= dict(disc=disc, opt_disc=opt_disc)
-    run = Run(cfg, "consistency", on_log, **state)
     panels, z_show, label_show = gallery(cfg, data, teacher)
+    run = Run(cfg, "consistency", on_log, **state)
 
     for step in run.steps():
         set_lr(opt, cfg.lr, run.progress)

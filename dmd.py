@@ -209,8 +209,8 @@ def train(cfg, data=None, teacher=None, student=None, on_log=None):
                                 fused=True)
     pairs = teacher_pairs(cfg, data, teacher, cfg.pairs) if cfg.variant == "dmd" else None
     state = dict(G=G, fake=fake, disc=disc, ema=ema, opt_G=opt_G, opt_fake=opt_fake)
-    run = Run(cfg, "dmd", on_log, **state)
     panels, z_show, label_show = gallery(cfg, data, teacher)
+    run = Run(cfg, "dmd", on_log, **state)
     z_show = torch.stack([z_show.roll(k, 0) for k in range(len(levels))], 1)    # (n, calls, ...)
 
     for step in run.steps():

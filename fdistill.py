@@ -140,9 +140,9 @@ def train(cfg, data=None, teacher=None, student=None, on_log=None):
     critic = [*fake.parameters(), *disc.parameters()]
     opt_G = torch.optim.Adam(G.parameters(), betas=(0.0, 0.99), fused=True)
     opt_fake = torch.optim.Adam(critic, betas=(0.0, 0.99), fused=True)
+    panels, z_show, label_show = gallery(cfg, data, teacher)
     run = Run(cfg, "fdistill", on_log, G=G, fake=fake, disc=disc, ema=ema, opt_G=opt_G,
               opt_fake=opt_fake)
-    panels, z_show, label_show = gallery(cfg, data, teacher)
 
     for step in run.steps():
         set_lr(opt_G, cfg.lr, run.progress)

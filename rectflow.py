@@ -203,8 +203,8 @@ def train_stage(cfg, data, teacher, student, on_log):
     guide = copy.deepcopy(ema) if cfg.stage == "guided" else None       # the flow it starts from
     opt = torch.optim.Adam(G.parameters(), betas=(0.9, 0.99), fused=True)
     pairs = None if cfg.stage == "flow" else teacher_pairs(cfg, data, teacher, cfg.pairs)
-    run = Run(cfg, "rectflow", on_log, G=G, ema=ema, opt=opt)
     panels, z_show, label_show = gallery(cfg, data, teacher)
+    run = Run(cfg, "rectflow", on_log, G=G, ema=ema, opt=opt)
     calls = min(len(G.levels), 20)                      # samples by 100 cost more than training
     kind = "l2" if pairs is None else cfg.distance
 

@@ -112,8 +112,8 @@ def train(cfg, data=None, teacher=None, student=None, on_log=None):
     ema = copy.deepcopy(G).eval().requires_grad_(False)
     opt_G = torch.optim.Adam(G.parameters(), betas=(0.0, 0.99), fused=True)
     opt_fake = torch.optim.Adam(fake.parameters(), betas=(0.0, 0.99), fused=True)
-    run = Run(cfg, "sim", on_log, G=G, fake=fake, ema=ema, opt_G=opt_G, opt_fake=opt_fake)
     panels, z_show, label_show = gallery(cfg, data, teacher)
+    run = Run(cfg, "sim", on_log, G=G, fake=fake, ema=ema, opt_G=opt_G, opt_fake=opt_fake)
 
     for step in run.steps():
         set_lr(opt_G, cfg.lr, run.progress)

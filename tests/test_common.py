@@ -234,12 +234,13 @@ def test_foreign_checkpoints():
 
 
 def test_fitted_teacher_is_cached(no_pictures, monkeypatch):
-    """By the data's contents and the settings; random numbers tell no cached one from a new one."""
-    draws, found, a, b = [], [], torch.eye(2), -torch.eye(2)
-    for flags, means in (({}, a), ({}, a), ({}, b), (dict(teacher_steps=3), a)):
+    """By the data's contents and the settings, of one Config too; random numbers tell no cached one
+    from a new one."""
+    draws, found, a, b, cfg = [], [], torch.eye(2), -torch.eye(2), quick(data="mine")
+    for cfg.teacher_steps, means in ((20, a), (20, a), (20, b), (3, a)):
         monkeypatch.setitem(TOYS, "mine", GaussianMixture(means, 0.1))
         torch.manual_seed(5)
-        found.append(load_teacher(cfg := quick(data="mine", **flags), load_data(cfg)))
+        found.append(load_teacher(cfg, load_data(cfg)))
         draws.append(torch.rand(3).tolist())
     assert torch.equal(flat(found[0]), flat(found[1])) and draws == draws[:1] * 4
     assert len(list(Path("runs").iterdir())) == 3
@@ -277,6 +278,20 @@ def test_own_teacher_and_student(no_pictures):
     assert again[1].num_batches_tracked > 0 and fdistill.sample(again, 7).shape == (7, 2)
     with pytest.raises(UserError, match="of your own"):
         common.load_denoiser("runs/straight", CPU)
+
+
+def test_a_teacher_for_three_processes(monkeypatch):
+    """Its batch, which nobody gave, divides among them."""
+    def look(fit, *_):
+        common.check(fit)
+        assert fit.batch == 510
+        raise InterruptedError
+
+    monkeypatch.setattr(common, "processes", lambda: 3)
+    monkeypatch.setattr(common, "largest", lambda numbers: numbers)
+    monkeypatch.setattr(common, "train_teacher", look)
+    with pytest.raises(InterruptedError):
+        load_teacher(CPU, load_data(CPU))
 
 
 def test_teacher_pairs():
