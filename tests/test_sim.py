@@ -40,11 +40,11 @@ def test_gradient_against_quadrature(kind, d, sigma, alpha):
 
 @pytest.mark.parametrize("alpha", [0.5, 1.0, 1.2])
 def test_l2_is_twice_sid(alpha):
-    """As SiD's paper writes it, without its code's normaliser: value and gradient, for any alpha."""
+    """As SiD's paper writes it, with its code's normaliser: value and gradient, for any alpha."""
     x = torch.randn(8, 3, 4, 4, dtype=F64, requires_grad=True)
     d_real, d_fake = torch.nn.Conv2d(3, 3, 3, padding=1).double()(x), torch.tanh(x)
     per_element = (d_real - d_fake) * ((d_real - x) - alpha * (d_real - d_fake))
-    sid = per_element.sum((1, 2, 3))
+    sid = per_element.sum((1, 2, 3)) / (x - d_real).detach().abs().mean((1, 2, 3))
     ours = sim_loss(x, d_real, d_fake, "l2", 1.0, alpha)
     torch.testing.assert_close(ours, 2 * sid)
     slopes = [torch.autograd.grad(loss.sum(), x, retain_graph=True)[0] for loss in (ours, 2 * sid)]
