@@ -1582,7 +1582,7 @@ class Run:
             self.dir.rename(aside)
             print(f"the earlier run in {self.dir} is now {aside}")
         elif self.cfg.resume and self.script != "teacher":
-            print(f"nothing to resume in {self.dir} (--out): it begins")
+            print(f"nothing to resume in {self.dir}: it begins;\n--out names another run")
         if not rank():
             about = dict(script=self.script, torch=torch.__version__, processes=processes())
             about["fitted"] = getattr(self.cfg, "fitted", None)

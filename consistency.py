@@ -25,7 +25,7 @@ ctm, meanflow: Phi(x_t, t, s) = s/t x_t + (1 - s/t) G(x_t, t, label, second), se
 Differences from papers and code: 1. The boundary is at sigma 0 (as in ECT); CM shifts it to
 sigma_min. The teacher's last step, to 0, is Euler's.  2. The lower point sees the student's own
 weights; CM has an EMA of them on ImageNet-64 (0.95), CTM too (0.999).  3. No LPIPS; cd and ctm take
-the squared error. cd weighs it by 1/sigma^2 + 1/sigma_data^2, as EDM does (CM: 1).  4. Adam with
+the squared error, weighed by 1/sigma^2 + 1/sigma_data^2, as EDM does (CM: 1).  4. Adam with
 betas (0.9, 0.99), not RAdam; the rate falls to 0 over the last half; the EMA warms up, then is
 constant.  5. sCM: F is read off the denoiser, with EDM's c_noise ln(sigma) / 4 for t; no prior
 weight 1 / tan t; its weight is a table over 16 bins of levels.  6. Levels outside sigma_min ..
@@ -263,7 +263,8 @@ def ctm_loss(G, minus, teacher, b, cfg, progress):
         x_s = jump(minus, x_lower, lower, s, b.label, s / lower.clamp(min=1e-6))
         target = minus(x_s, s, b.label, zero)
     x_s = jump(G, x_t, t, s, b.label, s / t)            # this, then minus: the target's two masks
-    loss = distance(minus(x_s, s, b.label, zero), target, cfg)
+    weight = (1 / t**2 + 1 / G.sigma_data**2).flatten()
+    loss = weight * distance(minus(x_s, s, b.label, zero), target, cfg)
     return loss + cfg.dsm * denoising_loss(G(x_t, t, b.label, one), b.x, t, G.sigma_data)   # s = t
 
 

@@ -1,7 +1,6 @@
 """consistency.py against closed forms (Gaussian flow maps, tangents, levels), and its loop."""
 import math
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
@@ -98,11 +97,12 @@ def test_distillation_is_zero_to_the_order_of_its_solver(loss):
     assert value(loss, N=320, scale=WRONG) > 1e-8
 
 
-def test_cds_weight():
-    """An error counts in cd as in denoising: 1 / sigma^2 + 1 / sigma_data^2 at the upper point."""
-    b, _ = pairs(3)
-    G = mock.Mock(side_effect=lambda x, *_: torch.ones_like(x), sigma_data=S)
-    loss = LOSSES["cd"](G, lambda x, *_: 0 * x, P, b, setting("cd", N=3, sigma_max=5.0), 0.0)
+@pytest.mark.parametrize("name", ["cd", "ctm"])
+def test_weight_of_an_error(name, monkeypatch):
+    """As in denoising, 1 / sigma^2 + 1 / sigma_data^2, sigma the upper level."""
+    monkeypatch.setattr(consistency, "distance", lambda a, b, cfg: torch.ones(len(a), dtype=F64))
+    (b, _), G = pairs(3), Exact(name)
+    loss = LOSSES[name](G, G, P, b, setting(name, N=3, sigma_max=5.0, dsm=0.0), 0.0)
     sigma = common.karras_sigmas(3, 0.02, 5.0)[:3].repeat_interleave(64).to(F64)
     torch.testing.assert_close(loss, 1 / sigma**2 + 1 / S**2)
 
