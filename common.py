@@ -47,7 +47,7 @@ def blame(sentence):
         yield
     except Exception as e:
         # without torch.load's advice, which is unsafe, and without Pillow's address of a buffer
-        cause = re.sub("(load failed|image file).*", r"\1", str(e))
+        cause = re.sub("(load failed|identify image file).*", r"\1", str(e))
         raise UserError(f"{sentence}: {cause}".splitlines()[0][:400]) from None
 
 
@@ -1151,7 +1151,7 @@ def fit_teacher(cfg, data, exact=None):
         answers = None if exact is None else exact(x + sigma, sigma, label)
         facts = [same, *map(inspect.getsource, (build, small_unet, train_teacher))]
         folder = runs_folder(cfg) / f"teacher-{cfg.data}-{checksum(facts, x, label, answers)}"
-        if cfg.resume and getattr(cfg, "fitted", None):     # the run's, whatever --minutes is
+        if cfg.resume and getattr(cfg, "fitted", None):
             folder = Path(cfg.fitted)
         fit = Shared(**same, out=str(folder), resume=True, device=cfg.device, compile=cfg.compile,
                      recompute=cfg.recompute)
@@ -1536,7 +1536,7 @@ def begin(cfg, script):
     cfg.started, folder = time.time(), run_folder(cfg, script)
     torch.manual_seed(cfg.seed)
     old = read_json(folder / "config.json")
-    cfg.fitted = old.get("fitted")                      # its teacher
+    cfg.fitted = old.get("fitted") if cfg.resume else None      # its teacher, whatever --minutes is
     there = folder.is_file() or folder.is_dir() and any(folder.iterdir())
     need(old.get("script") == script or not there,
          f"{folder} exists and is no run's folder of {script}; choose another --out")

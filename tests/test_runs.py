@@ -244,6 +244,17 @@ def test_sample_heeds_the_flags_given_now(no_pictures):
     assert np.array_equal(drawn[0], drawn[1]) and not np.array_equal(drawn[0], drawn[2])
 
 
+def test_sample_shows_what_can_be_seen(monkeypatch):
+    """All samples in draw.npy, 64 images in the picture."""
+    shown, cfg = {}, common.Shared(samples=100)
+    cfg.sample = "."
+    monkeypatch.setattr(common, "load_denoiser", mock.Mock())
+    monkeypatch.setattr(common, "save_picture", lambda path, panels: shown.update(panels))
+    common.draw(cfg, lambda _, n: torch.zeros(n, 1, 8, 8))
+    assert len(np.load("draw.npy")) == 100
+    assert [(title, len(x)) for title, x in shown.items()] == [("64 samples", 64)]
+
+
 def test_minutes(monkeypatch, no_pictures):
     """--minutes replaces --steps: half for a missing teacher, all of it if there is one."""
     clock, update = [0.0], common.update_ema
