@@ -227,6 +227,12 @@ def test_bad_input(flags, words):
         train(quick(**flags))
 
 
+def test_points_of_three_numbers():
+    """The picture at the end shows the first two."""
+    train(quick(stage="flow"), torch.randn(99, 3))
+    assert Path("runs/run/trajectories.png").exists()
+
+
 def test_short_chain_learns_the_ring():
     """A fraction of the default run: paths become straight, and one step finds all modes."""
     train(quick(steps=120, batch=256, width=0, samples=2000, pairs=2000, every=1000, lr=4e-3))
