@@ -46,8 +46,7 @@ def blame(sentence):
     try:
         yield
     except Exception as e:
-        # without torch.load's advice, which is unsafe, and without Pillow's address of a buffer
-        cause = re.sub("(load failed|identify image file).*", r"\1", str(e))
+        cause = re.sub("(load failed|identify image file).*", r"\1", str(e))     # no unsafe advice
         raise UserError(f"{sentence}: {cause}".splitlines()[0][:400]) from None
 
 
@@ -456,14 +455,10 @@ def read_images(cfg, where, shape=None):
     A `shape` that is given is that of EDM's zips, which have their labels in dataset.json."""
     if where.suffix.lower() == ".npz":
         return read_npz(where)
-    paths, known = list_files(where), {}
+    paths = list_files(where)
     index = paths.pop("dataset.json", None)
     need(paths, "there are no images")
-    if index:
-        known = dict(json.loads(index.read_bytes()).get("labels") or [])
-    elif not shape:                                     # a folder around all of them is no class
-        around = os.path.commonpath([Path(name).parent.parent for name in paths])
-        known = {name: Path(name).relative_to(around).parts[0] for name in paths if "/" in name}
+    known = find_classes(paths, index, own=shape is None)
     shape = read_picture(next(iter(paths.values())), shape).shape
     need(fits(shape), f"its images are {shape}")
     labels = None
@@ -476,6 +471,16 @@ def read_images(cfg, where, shape=None):
     parts = (read_picture(path, shape) for path in paths.values())
     files = paths.values() if where.is_dir() else [where]
     return memory_map(cfg, files, (len(paths), *shape), parts), labels
+
+
+def find_classes(paths, index, own):
+    """{name: class} by EDM's dataset.json, or by the sub-folders of images of one's own."""
+    if index:
+        return dict(json.loads(index.read_bytes()).get("labels") or [])
+    if not own:
+        return {}
+    around = os.path.commonpath([Path(name).parent.parent for name in paths])   # itself no class
+    return {name: Path(name).relative_to(around).parts[0] for name in paths if "/" in name}
 
 
 def list_files(where):
@@ -507,7 +512,8 @@ def read_npz(where):
     """(images (N, C, H, W), labels or None) of an .npz of your own."""
     need(zipfile.is_zipfile(where), "it is no .npz archive")
     z = np.load(where)
-    need("images" in z and z["images"].ndim in (3, 4), f"it has {({k: z[k].shape for k in z})}")
+    need("images" in z, f"it has {list(z)}")
+    need(z["images"].ndim in (3, 4), f"its images are {z['images'].shape}")
     images, labels = z["images"], z["labels"].reshape(-1) if "labels" in z else None
     images = images[:, None] if images.ndim == 3 else images
     if images.shape[3] in (1, 3):

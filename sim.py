@@ -22,7 +22,7 @@ does. The loop reads no data.
 Differences from the papers and their code: 1. Both methods are one loss; alpha with the
 pseudo-Huber distance is in neither paper. With l2 the loss is twice SiD's, of no effect under Adam;
 SiD's factor 100 is left out.  2. y and c are in units of x (differences of denoisers, sigma^2 times
-those of scores). SiD's normaliser serves both distances on images. It knows x, which bends the
+those of scores). SiD's normaliser serves both distances on images. It depends on x, which bends the
 gradient, most where x has two numbers (ring: H 0.0004 for 0.00004; the grid with alpha 1.2: 0.99
 for 0.0003): toys do without.  3. On toys the fake score gets 2 or 3 updates to the student's one
 (papers: 1).  4. On toys alpha is 0.5, on MNIST and own images 1, not 1.2.  5. No dropout; Adam's
@@ -94,7 +94,7 @@ def sim_loss(x, d_real, d_fake, kind, c, alpha):
     y = d_fake - d_real
     d, slope = distance(y, kind, c)
     loss = 2 * (1 - alpha) * d - (slope * (d_fake - x)).flatten(1).sum(1)
-    if x.ndim > 2:                      # images: SiD's normaliser, which is calmer, but knows x
+    if x.ndim > 2:                      # images: SiD's normaliser, calmer, though it bends this
         loss = loss / (x - d_real).detach().abs().flatten(1).mean(1).clamp(min=1e-5)
     return loss
 

@@ -258,7 +258,8 @@ def own_draws(n):
 
 
 @pytest.mark.parametrize("data, classes", [
-    (torch.randn(500, 2), 0), (np.random.randn(500, 2), 0), (mixture().float(), 3), (SimpleNamespace(sample=own_draws), 3),
+    (torch.randn(500, 2), 0), (np.random.randn(500, 2), 0), (mixture().float(), 3),
+    (SimpleNamespace(sample=own_draws), 3),
     (SimpleNamespace(sample=own_draws), 0)])
 def test_own_data(no_pictures, data, classes):
     """A tensor, a mixture, anything with sample; without --cond its labels are not asked for."""

@@ -92,7 +92,8 @@ def test_mnist(folder, zipped):
     whole = path.read_bytes()
     path.write_bytes(whole[:-5])
     refused("--data_dir", "mnist")
-    path.write_bytes(gzip.compress(raw[:-1] + b"\n") if zipped else whole[:-1] + b"\n")      # class 10
+    raw = raw[:-1] + b"\n"                              # the last label is 10
+    path.write_bytes(gzip.compress(raw) if zipped else raw)
     refused("class number", "mnist")
 
 
@@ -210,8 +211,8 @@ def test_wrong_imagenet():
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("kind", ["folder", "zip", "first.npz", "last.npz"])
 def test_own_images(kind, channels):
-    """Grey or RGB, in class folders, a zip of EDM's, or an .npz with channels first or last. A folder
-    around the classes' is no class, and links are followed."""
+    """Grey or RGB, in class folders, a zip of EDM's, or an .npz with channels first or last. A
+    folder around the classes' is no class, and links are followed."""
     images, labels = random_images(6, channels, 12, 12), [0, 0, 1, 1, 2, 2]
     if kind == "folder":
         write_folder(kind, images, [f"all/{'abc'[k]}/{i}.png" for i, k in enumerate(labels)])

@@ -365,7 +365,7 @@ torch.save(torch.get_rng_state(), f"rng{common.rank()}.pt")
 
 @pytest.mark.background
 def test_two_processes(tmp_path):
-    """Gradients are the mean, weights stay equal, draws differ, one writes, none has to be quick."""
+    """Gradients are the mean, weights stay equal, draws differ, one writes, none must be quick."""
     (tmp_path / "work.py").write_text(WORK)
     code, _, err = run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                        "work.py", cwd=tmp_path, PYTHONPATH=str(ROOT), CUDA_VISIBLE_DEVICES="")
@@ -401,7 +401,7 @@ def test_two_processes_stop_together(tmp_path):
 
 
 # Growth is a decision: lines, and bytes of common.py; design.md wants 1,300 and 58,000 there.
-LIMITS = dict(common=1796, fdistill=210, sim=170, dmd=310, consistency=480, rectflow=320)
+LIMITS = dict(common=1802, fdistill=210, sim=170, dmd=310, consistency=480, rectflow=320)
 
 
 @pytest.mark.parametrize("name", LIMITS)
